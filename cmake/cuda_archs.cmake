@@ -1,0 +1,38 @@
+# Switches CUDA on or off and chooses the architectures.
+#   SAPWOOD_CUDA        1, 0, or unset: on when nvcc is found
+#   SAPWOOD_CUDA_ARCHS  "80;90", "native", "release"; else TORCH_CUDA_ARCH_LIST is translated
+include(CheckLanguage)
+
+set(_wanted "$ENV{SAPWOOD_CUDA}")
+if(NOT _wanted STREQUAL "0")
+  check_language(CUDA)
+endif()
+if(_wanted STREQUAL "1" AND NOT CMAKE_CUDA_COMPILER)
+  message(FATAL_ERROR "sapwood: SAPWOOD_CUDA=1 but no nvcc was found (PATH, CUDACXX).")
+endif()
+
+if(CMAKE_CUDA_COMPILER)
+  set(_archs "$ENV{SAPWOOD_CUDA_ARCHS}")
+  if(_archs STREQUAL "" AND NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
+    string(REGEX REPLACE "[ ,]+" ";" _archs "$ENV{TORCH_CUDA_ARCH_LIST}")
+    list(TRANSFORM _archs REPLACE "^([0-9]+)\\.([0-9]+[a-z]?)$" "\\1\\2-real")
+    list(TRANSFORM _archs REPLACE "^([0-9]+)\\.([0-9]+[a-z]?)\\+PTX$" "\\1\\2")
+  endif()
+  # The last release entry carries PTX for later chips. sm_110 (Thor) is a family of its own.
+  if(_archs STREQUAL "")
+    set(_archs 80 90)
+  elseif(_archs STREQUAL "release" AND CMAKE_SYSTEM_PROCESSOR STREQUAL "aarch64")
+    set(_archs 87-real 90-real 100-real 110-real 120)
+  elseif(_archs STREQUAL "release")
+    set(_archs 75-real 80-real 86-real 89-real 90-real 100-real 120)
+  endif()
+  set(CMAKE_CUDA_ARCHITECTURES ${_archs})
+  enable_language(CUDA)
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  message(STATUS "sapwood: CUDA on (nvcc ${CMAKE_CUDA_COMPILER_VERSION}, archs ${_archs})")
+elseif(_wanted STREQUAL "0")
+  message(STATUS "sapwood: CUDA off (SAPWOOD_CUDA=0)")
+else()
+  message(STATUS "sapwood: CUDA off (no nvcc)")
+endif()

@@ -1,0 +1,52 @@
+"""Sparse, pruned and structured computation as drop-in torch ops, fast on CPU and GPU.
+
+Submodules are imported on first use: ``sapwood.ops`` (the kernels), ``sapwood.nn`` (modules),
+``sapwood.pruning`` (masks, schedules, pruners). ``python -m sapwood`` reports on the installation.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sapwood import _load
+
+if TYPE_CHECKING:
+    from sapwood import data, nn, ops, pruning, reference, report
+    from sapwood._backend import backend, explain
+    from sapwood._check import check_values
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "backend",
+    "check_values",
+    "data",
+    "explain",
+    "nn",
+    "ops",
+    "pruning",
+    "reference",
+    "report",
+]
+
+_SUBMODULES = ("data", "nn", "ops", "pruning", "reference", "report")
+_FUNCTIONS = {
+    "backend": "sapwood._backend",
+    "explain": "sapwood._backend",
+    "check_values": "sapwood._check",
+}
+_native = _load.native
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"sapwood.{name}")
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    raise AttributeError(f"module 'sapwood' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
