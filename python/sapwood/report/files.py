@@ -1,0 +1,99 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def _default_mode() -> int:
+    """The permissions a newly created file would get: temporary files are private, ours are not."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file under a temporary name in the same folder, then renames it.
+
+    A reader sees the old content or the new, never a part; an interrupted write leaves nothing.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     atomic_write_bytes(Path(folder) / "a.bin", b"sap")
+    ...     Path(folder, "a.bin").read_bytes()
+    b'sap'
+
+    Args:
+        path: the file to write; its folder must exist.
+        content: the whole content.
+
+    Raises:
+        OSError: when the folder is missing or not writable.
+    """
+    target = Path(path)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(_default_mode())
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def atomic_write_text(path: str | os.PathLike[str], content: str) -> None:
+    """Writes a text file as UTF-8 under a temporary name in the same folder, then renames it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     atomic_write_text(Path(folder) / "a.txt", "sap")
+    ...     Path(folder, "a.txt").read_text()
+    'sap'
+
+    Args:
+        path: the file to write; its folder must exist.
+        content: the whole content.
+
+    Raises:
+        OSError: when the folder is missing or not writable.
+    """
+    atomic_write_bytes(path, content.encode("utf-8"))
+
+
+@contextmanager
+def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Collects several files in a temporary folder and moves them into place when all are written.
+
+    When the block raises, nothing appears in ``folder``. The files move in the order of their
+    names, each by an atomic rename.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     with staged(Path(home) / "out") as stage:
+    ...         _ = (stage / "a.txt").write_text("sap")
+    ...     sorted(file.name for file in Path(home, "out").iterdir())
+    ['a.txt']
+
+    Args:
+        folder: the destination; created when missing.
+
+    Yields:
+        The temporary folder, inside ``folder`` so that the renames stay on one file system.
+
+    Raises:
+        OSError: when the destination cannot be created or written.
+    """
+    destination = Path(folder)
+    destination.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".staged-", dir=destination) as name:
+        stage = Path(name)
+        yield stage
+        for file in sorted(stage.iterdir()):
+            file.replace(destination / file.name)
