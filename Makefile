@@ -1,0 +1,92 @@
+# Every goal sets up what it needs from Python >= 3.10, a C++20 compiler and make.
+# Nothing is installed outside of $(VENV), nothing is written outside of it, build/, dist/ and docs/_build/.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+OUT ?= tour-output
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ "$$n" -gt 4 ] && echo 4 || echo "$$n")
+TOUR_FLAGS ?=
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+STAMPS := $(VENV)/stamps
+NATIVE_SOURCES := CMakeLists.txt $(shell find csrc cmake build_support -type f -not -name '*.pyc')
+EMULATION_SOURCES := $(NATIVE_SOURCES) $(shell find tests/cpp -type f 2>/dev/null)
+CXX_FILES := $(shell find csrc $(wildcard tests/cpp) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+EMULATION := build/emu/tests/cpp/_ops_emu.so
+
+# What a build depends on beside its sources: a change starts it from an empty build directory.
+CONFIG := $(PYTHON)|$(TORCH)|$(SAPWOOD_CUDA)|$(SAPWOOD_CUDA_ARCHS)|$(SAPWOOD_SANITIZE)|$(TORCH_CUDA_ARCH_LIST)
+
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
+export PATH := $(abspath $(BIN)):$(PATH)
+.DELETE_ON_ERROR:
+.PHONY: help tour test bench docs wheel lint build emulation clean FORCE
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 20
+	@echo "variables: PYTHON=$(PYTHON) TORCH=$(TORCH) JOBS=$(JOBS) OUT=$(OUT) TOUR_FLAGS PYTEST_FLAGS"
+
+tour: $(STAMPS)/package $(STAMPS)/tour  ## prune, pack and run a real network; writes $(OUT)/index.html
+	$(BIN)/sapwood tour --out $(OUT) $(TOUR_FLAGS)
+
+test: build emulation  ## all tests that need no GPU, C++ tests included
+	ctest --test-dir build/emu --output-on-failure --timeout 300
+	$(BIN)/python -m pytest -m "not gpu" --emulation-library $(EMULATION) $(PYTEST_FLAGS)
+
+bench: build  ## quick benchmark sweep, ratios to dense torch
+	$(BIN)/sapwood bench masked_matmul --vs torch
+
+docs: build  ## documentation site in docs/_build/html, warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "wrote docs/_build/html/index.html"
+
+wheel: build  ## manylinux wheel in dist/, checked
+	rm -rf build/wheel && mkdir -p build/wheel dist
+	$(BIN)/python -m pip wheel --quiet --no-deps -w build/wheel .
+	$(BIN)/auditwheel repair -w dist build/wheel/*.whl --exclude libtorch_cpu.so \
+	  --exclude libc10.so --exclude 'libgomp*' --exclude libcuda.so.1
+	$(BIN)/python tools/check_wheel.py dist/"$$(cd build/wheel && ls *.whl | cut -d- -f1-4)"-*.whl
+
+lint: $(STAMPS)/dev  ## ruff, mypy --strict, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+build: $(STAMPS)/package $(STAMPS)/dev  ## editable install with all development tools
+
+emulation: $(EMULATION)  ## the CUDA kernels compiled for the CPU, and the C++ tests
+
+clean:  ## removes everything made here, the virtual environment included
+	rm -rf $(VENV) build dist docs/_build $(OUT)
+
+$(STAMPS)/config: FORCE
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS)
+	@echo '$(CONFIG)' | cmp -s - $@ || { rm -rf build/dev; echo '$(CONFIG)' > $@; }
+
+$(STAMPS)/torch: $(STAMPS)/config
+	@echo "installing $(TORCH) and the build tools into $(VENV)"
+	$(PIP) "$(TORCH)" numpy
+	$(PIP) 'scikit-build-core>=0.11' 'pybind11>=3' 'cmake>=3.26' 'ninja>=1.11'
+	@touch $@
+
+$(STAMPS)/package: $(STAMPS)/torch pyproject.toml $(NATIVE_SOURCES)
+	@command -v nvcc >/dev/null || [ -n "$$CUDACXX" ] || echo "no nvcc found: building for the CPU only"
+	$(PIP) --no-build-isolation -C build-dir=build/dev --editable .
+	@touch $@
+
+# sapwood is installed by now, so this adds only what the extra names.
+$(STAMPS)/tour $(STAMPS)/dev: $(STAMPS)/%: pyproject.toml $(STAMPS)/torch | $(STAMPS)/package
+	$(PIP) "sapwood[$*]"
+	@touch $@
+
+$(EMULATION): $(STAMPS)/torch $(EMULATION_SOURCES)
+	SAPWOOD_CUDA=0 cmake -S . -B build/emu -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DSAPWOOD_TESTS=ON -DSAPWOOD_NATIVE=OFF -DSKBUILD_PROJECT_VERSION=0 \
+	  -DTORCH_DIR="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/torch"
+	cmake --build build/emu
+	@touch $@
