@@ -1,0 +1,96 @@
+"""A check of about a second per family that the installed kernels compute what they should."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Result:
+    """Whether one family works here."""
+
+    family: str
+    passed: bool
+    seconds: float
+    detail: str
+
+
+def run() -> list[Result]:
+    """Runs every family's check; a failure is a result, not an exception.
+
+    >>> [result.family for result in run()]
+    ['masked_matmul', 'pruning']
+
+    Returns:
+        One result per family, in the order of ``FAMILIES``.
+    """
+    return [_run_one(family, check) for family, check in FAMILIES.items()]
+
+
+def _run_one(family: str, check: Callable[[], str]) -> Result:
+    start = time.perf_counter()
+    try:
+        detail, passed = check(), True
+    except Exception as error:  # the report must reach the user whatever is broken
+        detail, passed = f"{type(error).__name__}: {error}", False
+    return Result(family, passed, time.perf_counter() - start, detail)
+
+
+def _difference(name: str, actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference relative to the largest expected value; raises above 1e-5."""
+    error = (actual.double() - expected).abs().max() / expected.abs().max()
+    if not error <= 1e-5:  # also catches NaN
+        raise ArithmeticError(f"{name} is off by {error.item():.1e} (relative), allowed is 1e-5")
+    return float(error)
+
+
+def _masked_matmul() -> str:
+    from sapwood import ops
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 300, generator=generator)
+    weight = torch.randn(70, 300, generator=generator)
+    mask = torch.rand(70, 300, generator=generator) < 0.2
+    bias = torch.randn(70, generator=generator)
+    kept = weight.double().masked_fill(~mask, 0)
+    expected = x.double() @ kept.T + bias.double()  # (5, 70)
+
+    leaf = weight.clone().requires_grad_()
+    output = ops.masked_matmul(x, leaf, mask, bias)
+    output.sum().backward()
+    if leaf.grad is None:
+        raise ArithmeticError("masked_matmul gave its weight no gradient")
+    slope = x.double().sum(0).expand(70, 300).masked_fill(~mask, 0)
+    worst = [
+        _difference("masked_matmul", output.detach(), expected),
+        _difference("the gradient of masked_matmul", leaf.grad, slope),
+    ]
+    for layout in PACKED_FORMATS:
+        packed = ops.pack_sparse(weight, mask, format=layout)
+        worst.append(_difference(layout, ops.packed_linear(x, packed, bias), expected))
+    return f"training op, gradient, {', '.join(PACKED_FORMATS)}: within {max(worst):.0e}"
+
+
+def _pruning() -> str:
+    from sapwood import pruning
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 50), torch.nn.Linear(50, 10))
+    masks = pruning.prune(model, 0.9)
+    zeros = sum(int((layer.weight == 0).sum()) for layer in model)
+    if zeros != 2250 or masks.check(model):
+        raise ArithmeticError(f"pruning 2500 weights by 90 % left {zeros} zeros instead of 2250")
+    return "90 % of 2500 weights: exactly 2250 zeros"
+
+
+PACKED_FORMATS = ("bitmap", "csr", "sell")
+
+#: Family name -> check; it returns what was compared and raises when something is wrong.
+FAMILIES: dict[str, Callable[[], str]] = {
+    "masked_matmul": _masked_matmul,
+    "pruning": _pruning,
+}

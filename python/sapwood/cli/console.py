@@ -1,0 +1,100 @@
+"""What every command shares: where it prints, how it fails, how it shows progress."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+BAD_ARGUMENTS = 2
+MISSING_DATA = 3
+INTERRUPTED = 130  # 128 + SIGINT, what shells expect
+
+
+def stdout() -> Console:
+    """The console for results. Made per call: tests and pipes replace ``sys.stdout``."""
+    return Console(highlight=False)
+
+
+def stderr() -> Console:
+    """The console for progress and errors, so that ``--json`` output stays clean."""
+    return Console(stderr=True, highlight=False)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Prints one line to stderr and ends with an exit code."""
+    stderr().print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def require(command: str, packages: dict[str, str]) -> None:
+    """Ends with one line when a package of the extra ``tour`` is missing.
+
+    ``packages`` maps import names to the names that pip knows.
+    """
+    missing = [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        names = " and ".join(missing)
+        fail(f"sapwood {command} needs {names}: pip install 'sapwood[tour]'", code=1)
+
+
+def require_ops() -> None:
+    """Ends with the reason and the next step when the compiled library is unusable."""
+    from sapwood import _load
+
+    if _load.ops_error is not None:
+        fail(f"{_load.ops_error}; 'python -m sapwood' shows the whole installation", code=1)
+
+
+def print_json(data: Any) -> None:
+    """Prints data to stdout as JSON and nothing else."""
+    typer.echo(json.dumps(data, indent=2))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table whose first column is text and whose others are figures, aligned right."""
+    result = Table(title=title or None, title_justify="left", title_style="bold", box=None)
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="right" if index else "left", header_style="dim")
+    for row in rows:
+        result.add_row(*(escape(cell) for cell in row))
+    return result
+
+
+class Bars:
+    """Progress bars of training runs; silent where stderr is not a terminal."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: Any = None
+
+    def start(self, name: str) -> None:
+        """Begins a bar for the next run; its length comes with the first step."""
+        self._task = self._progress.add_task(name, total=None, note="")
+
+    def step(self, done: int, total: int, note: str) -> None:
+        """Moves the present bar; ``note`` stands behind it."""
+        self._progress.update(self._task, completed=done, total=total, note=note)
+
+
+@contextmanager
+def bars() -> Iterator[Bars]:
+    """Shows progress bars while the block runs."""
+    console = stderr()
+    with Progress(
+        TextColumn("{task.description:<18}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        yield Bars(progress)
