@@ -12,6 +12,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 #: Turns a kernel into what is launched; ``torch.library.wrap_triton`` inside a ``triton_op``.
 Wrap = Callable[[Any], Any]
 
+#: A kernel, its argument types, its constants and its compiler options.
+AotCase = tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
+
 
 class Config(NamedTuple):
     """Tile sizes as the kernel's constexpr arguments, and the two compiler options."""
@@ -41,7 +44,7 @@ def launch(
     an activation function and nothing else.
     """
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if wrap is None:
+    if wrap is None or INTERPRETED:  # wrap_triton refuses interpreted kernels
         kernel[grid](*args, **constants, **config.tile, **options, enable_fp_fusion=False)
     else:
         wrap(kernel)[grid](*args, **constants, **config.tile, **options)
