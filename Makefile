@@ -51,8 +51,8 @@ wheel: build  ## manylinux wheel in dist/, checked
 	$(BIN)/python tools/check_wheel.py dist/"$$(cd build/wheel && ls *.whl | cut -d- -f1-4)"-*.whl
 
 lint: $(STAMPS)/dev  ## ruff, mypy --strict, clang-format
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check . tests/build
+	$(BIN)/ruff format --check . tests/build
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
