@@ -1,0 +1,233 @@
+"""Measures the promises of the masked_matmul family: target, measured, PASS or MISS.
+
+``python bench/acceptance.py`` runs every point on one thread, then the scaling on two. ``--json
+FILE`` writes the figures, ``--only NAME`` selects groups, ``--quick`` thins the dispatch sweep.
+Every figure is a ratio of the fastest of 30 interleaved repeats within this process unless the
+point says otherwise; repacking of the input, bias and output transposition are inside the timed
+call. The exit status is 1 when a point is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import history
+import sapwood
+import sweep
+import torch
+import torch.nn.functional as F
+from sapwood._measure import interleave, machine_name
+from sapwood.cli.benchmarks.masked_matmul import MaskedMatmulCase, problem_of
+from torch import Tensor
+
+REPEATS = 30
+SIDE = 2048
+
+
+@dataclass(frozen=True)
+class Point:
+    """One promise and what became of it. ``at_least`` False: the figure must not exceed it."""
+
+    name: str
+    target: float
+    measured: float
+    at_least: bool = True
+    unit: str = "x"
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        if self.at_least:
+            return self.measured >= self.target
+        return self.measured <= self.target
+
+
+def fastest(case: MaskedMatmulCase, providers: Sequence[str]) -> dict[str, float]:
+    """Seconds of the fastest repeat, by provider, after a check of each result."""
+    calls = {}
+    for provider in providers:
+        calls[provider] = case.build(provider)
+        case.check(provider, calls[provider]())
+    with torch.no_grad():
+        times = interleave(calls, rounds=REPEATS, seconds=0.5)
+    return {name: min(samples) for name, samples in times.items()}
+
+
+def forward() -> Iterator[Point]:
+    """Specification 7, 8, 9: inference against the premultiplied dense weight."""
+    for number, sparsity, batch, provider, target in (
+        ("7", 0.9, 1, "sapwood", 4.0),
+        ("7", 0.9, 64, "sapwood", 5.0),
+        ("7", 0.9, 256, "sapwood", 4.0),
+        ("8", 0.95, 64, "sapwood", 9.0),
+        ("9", 0.5, 1, "bitmap", 1.4),
+    ):
+        case = MaskedMatmulCase("packed_linear", SIDE, SIDE, batch, sparsity)
+        times = fastest(case, ("dense", provider))
+        p = problem_of(case)
+        format = "auto" if provider == "sapwood" else provider
+        packed = sapwood.ops.pack_sparse(p.weight, p.mask, format=format)
+        note = (
+            f"dense {times['dense'] * 1e6:.0f} us, runs {sapwood.ops.explain(packed, batch).format}"
+        )
+        yield Point(
+            f"{number} forward s={sparsity:g} B={batch} ({provider})",
+            target,
+            times["dense"] / times[provider],
+            note=note,
+        )
+
+
+def dispatch(quick: bool = False) -> Iterator[Point]:
+    """Specification 10: automatic choice is never slower than dense by more than 3 % or 5 us."""
+    results = list(sweep.run(quick=quick))
+    missed = [r for r in results if not r.passed]
+    worst = max(results, key=lambda r: r.excess)
+    note = f"{len(results)} points; worst {worst.name}: {worst.sapwood_us:.1f} us, "
+    note += f"dense {worst.dense_us:.1f} us, runs {worst.format}"
+    yield Point("10 dispatch points slower than dense", 0, len(missed), False, "", note)
+    for r in sorted(missed, key=lambda r: -r.excess)[:10]:
+        note = f"{r.sapwood_us:.1f} us, dense {r.dense_us:.1f} us, runs {r.format}"
+        yield Point(f"10   {r.name}", 1.0, r.excess, False, "x", note)
+
+
+def backward() -> Iterator[Point]:
+    """Specification 11: both gradients of the packed path."""
+    for op, label, target in (
+        ("packed_linear_grad_input", "dX", 4.0),
+        ("sampled_matmul", "sampled_matmul", 3.0),
+    ):
+        times = fastest(MaskedMatmulCase(op, SIDE, SIDE, 64, 0.9), ("dense", "sapwood"))
+        note = f"dense {times['dense'] * 1e6:.0f} us"
+        yield Point(f"11 {label} s=0.9 B=64", target, times["dense"] / times["sapwood"], note=note)
+
+
+def packing() -> Iterator[Point]:
+    """Specification 12, first half: packing 2048 x 2048, median."""
+    for sparsity in (0.5, 0.9):
+        case = MaskedMatmulCase("pack_sparse", SIDE, SIDE, 1, sparsity)
+        calls = {name: case.build(name) for name in ("csr", "bitmap", "sell")}
+        for name, samples in interleave(calls, rounds=15, seconds=0.5).items():
+            median = sorted(samples)[len(samples) // 2] * 1e3
+            yield Point(f"12 pack {name} s={sparsity:g}", 40.0, median, False, "ms")
+
+
+def training() -> Iterator[Point]:
+    """Specification 12, second half, and the training step of the issue: s = 0.9, batch 256."""
+    case = MaskedMatmulCase("masked_matmul", SIDE, SIDE, 256, 0.9)
+    times = fastest(case, ("masked_dense", "sapwood", "sparse_linear"))
+    base = times["masked_dense"]
+    note = f"F.linear(x, w * m) {base * 1e3:.1f} ms"
+    yield Point("12 training step, masked_matmul", 1.10, times["sapwood"] / base, False, "x", note)
+    yield Point("   the same as a speed-up", 1.0, base / times["sapwood"], note="faster than dense")
+    yield Point("   training step, SparseLinear", 1.0, base / times["sparse_linear"])
+    p = problem_of(case)
+    ours = kept_alive(p.weight, lambda w: sapwood.ops.masked_matmul(p.x, w, p.mask, p.bias))
+    theirs = kept_alive(p.weight, lambda w: F.linear(p.x, w * p.mask, p.bias))
+    fewer = (theirs - ours) / p.weight.nbytes
+    yield Point("12 weight-sized tensors less kept for backward", 1.0, fewer, unit="")
+
+
+def kept_alive(weight: Tensor, forward: Callable[[Tensor], Tensor]) -> int:
+    """Bytes that autograd saves for backward, beside the weight itself."""
+    leaf = weight.clone().requires_grad_()
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = forward(leaf)
+    saved.pop(leaf.untyped_storage().data_ptr(), None)
+    del y
+    return sum(saved.values())
+
+
+def memory() -> Iterator[Point]:
+    """Specification 13: bytes of a packed weight against the dense one."""
+    for sparsity, target in ((0.5, 0.54), (0.9, 0.16)):
+        p = problem_of(MaskedMatmulCase("pack_sparse", SIDE, SIDE, 1, sparsity))
+        packed = sapwood.ops.pack_sparse(p.weight, p.mask, keep="memory")
+        share = packed.nbytes() / p.weight.nbytes
+        note = f"keeps {', '.join(packed.formats)}"
+        yield Point(f"13 bytes at s={sparsity:g}, keep=memory", target, share, False, "x", note)
+
+
+def scaling() -> Iterator[Point]:
+    """The issue: two threads gain 1.6x on one wherever dense does."""
+    seconds: dict[int, dict[tuple[float, int], dict[str, float]]] = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        seconds[threads] = {
+            (s, b): fastest(
+                MaskedMatmulCase("packed_linear", SIDE, SIDE, b, s), ("dense", "sapwood")
+            )
+            for s, b in ((0.9, 1), (0.9, 64), (0.9, 256), (0.95, 64))
+        }
+    torch.set_num_threads(1)
+    for (s, b), one in seconds[1].items():
+        two = seconds[2][s, b]
+        dense, ours = (one[name] / two[name] for name in ("dense", "sapwood"))
+        note = f"dense scales {dense:.2f}x; {two['dense'] / two['sapwood']:.2f}x dense on 2 threads"
+        target = 1.6 if dense >= 1.6 else 0.0
+        yield Point(f"   two threads / one, s={s:g} B={b}", target, ours, note=note)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--quick", action="store_true", help="thin out the dispatch sweep")
+    parser.add_argument("--only", nargs="*", help="names of the groups to run")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    groups: dict[str, Callable[[], Iterator[Point]]] = {
+        "forward": forward,
+        "backward": backward,
+        "packing": packing,
+        "training": training,
+        "memory": memory,
+        "scaling": scaling,
+        "dispatch": partial(dispatch, options.quick),
+    }
+    unknown = set(options.only or ()) - set(groups)
+    if unknown:
+        parser.error(f"--only must name groups among {', '.join(groups)}, got {', '.join(unknown)}")
+    sapwood.ops.calibrate(seconds=3.0, force=True)
+    print(f"{machine_name()}, torch {torch.__version__}, commit {history.commit()}")
+    print(f"{'point':<48}{'target':>10}{'measured':>11}")
+    points = []
+    for name, group in groups.items():
+        if options.only and name not in options.only:
+            continue
+        for point in group():
+            points.append(point)
+            sign = ">=" if point.at_least else "<="
+            print(
+                f"{point.name:<48}{sign:>3}{point.target:>6.4g}{point.unit:<2}"
+                f"{point.measured:>8.3g}{point.unit:<3} {'PASS' if point.passed else 'MISS'}"
+                f"  {point.note}",
+                flush=True,
+            )
+    missed = sum(not point.passed for point in points)
+    print(f"{len(points)} points, {missed} missed")
+    if options.json:
+        content = {
+            "machine": machine_name(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "commit": history.commit(),
+            "points": [{**asdict(point), "passed": point.passed} for point in points],
+        }
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

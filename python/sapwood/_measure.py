@@ -1,0 +1,124 @@
+"""Timing that survives a shared machine: interleaved rounds, and the name of the machine."""
+
+from __future__ import annotations
+
+import math
+import platform
+import random
+import time
+from collections.abc import Callable, Hashable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Call = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
+
+#: A sample lasts at least this long, in seconds: shorter calls are repeated inside one sample.
+SHORTEST_SAMPLE = 1e-4
+
+#: Written between samples on a GPU, so that no provider finds its weights in the last-level cache.
+_GPU_FLUSH_BYTES = 256 << 20
+
+
+class Sampler:
+    """Times one call; short calls are repeated within a sample, so the clock's grain vanishes."""
+
+    def __init__(self, call: Call, device: str = "cpu") -> None:
+        self._call = call
+        self._flush: torch.Tensor | None = None
+        if device == "cuda":
+            self._flush = torch.empty(_GPU_FLUSH_BYTES, dtype=torch.uint8, device=device)
+        call()
+        self._repeats = 1
+        once = self.sample()
+        if device == "cpu":
+            self._repeats = min(1000, max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7))))
+
+    def sample(self) -> float:
+        """Seconds per call, averaged over one sample."""
+        if self._flush is not None:
+            return self._gpu_sample(self._flush)
+        call = self._call
+        start = time.perf_counter()
+        for _ in range(self._repeats):
+            call()
+        return (time.perf_counter() - start) / self._repeats
+
+    def _gpu_sample(self, flush: torch.Tensor) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        flush.zero_()
+        start.record()
+        self._call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def interleave(
+    calls: Mapping[Name, Call],
+    *,
+    rounds: int = 15,
+    seconds: float = 0.5,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[Name, list[float]]:
+    """Times several calls in rounds; in each round every call runs once, in random order.
+
+    A ratio within a round compares two times taken under the same load, so it stays meaningful
+    where absolute times drift.
+
+    >>> times = interleave({"a": lambda: sum(range(9)), "b": lambda: None}, rounds=3, seconds=0)
+    >>> len(times["a"]), len(times["b"])
+    (3, 3)
+
+    Args:
+        calls: what to time, by name; each is warmed up first.
+        rounds: smallest number of rounds.
+        seconds: smallest total duration; more rounds follow until it is reached.
+        device: ``"cpu"`` or ``"cuda"`` (timed by events, after a cache flush).
+        seed: of the order within the rounds.
+
+    Returns:
+        Seconds per call, one entry per round, by name; entry i of all names is of the same round.
+    """
+    samplers = {name: Sampler(call, device) for name, call in calls.items()}
+    times: dict[Name, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    shuffle = random.Random(seed).shuffle
+    start = time.perf_counter()
+    done = 0
+    while done < rounds or time.perf_counter() - start < seconds:
+        shuffle(order)
+        for name in order:
+            times[name].append(samplers[name].sample())
+        done += 1
+    return times
+
+
+@lru_cache(maxsize=1)
+def cpu_name() -> str:
+    """The CPU's model, with family and model number where the name alone is ambiguous."""
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            field, _, value = line.partition(":")
+            fields.setdefault(field.strip(), value.strip())
+    except OSError:
+        pass
+    if "model name" in fields:
+        family, model = fields.get("cpu family", "?"), fields.get("model", "?")
+        return f"{fields['model name']} (family {family} model {model})"
+    if "CPU part" in fields:
+        return f"{platform.machine()} {fields.get('CPU implementer', '?')} {fields['CPU part']}"
+    return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def machine_name(device: str = "cpu") -> str:
+    """CPU model and thread count, or the GPU's name; never a host name."""
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    threads = torch.get_num_threads()
+    return f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
