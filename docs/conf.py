@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from sphinx.application import Sphinx
+
 import sapwood
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
@@ -39,3 +41,15 @@ autodoc_default_options = {"members": True, "show-inheritance": False}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 nitpicky = False
+
+
+def escape_shapes(
+    app: object, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """The star of a shape such as (*, K) is not the start of emphasis."""
+    lines[:] = [line.replace("(*,", r"(\*,") for line in lines]
+
+
+def setup(app: Sphinx) -> None:
+    """Connects the hook."""
+    app.connect("autodoc-process-docstring", escape_shapes)
