@@ -1,0 +1,330 @@
+// CUDA kernels on the host. Blocks run one after another; the threads of a block are real threads,
+// one team per launch, so that a missing __syncthreads is a data race for ThreadSanitizer.
+//
+// Shared memory is an arena that is filled with 0xFF before each block: 0xFF is NaN as a float and
+// -1 as an integer, so that reading what was never written does not show the previous block's
+// value. Under AddressSanitizer everything in the arena but the declared arrays is poisoned.
+// A thread that returns early leaves its barriers, as on the device. Each warp has a barrier of its
+// own, so that a single warp may shuffle alone. Compile with SAPWOOD_EMU_SHUFFLE=seed to run the
+// blocks in a random order.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0 };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+struct uint3 {
+  unsigned x = 0, y = 0, z = 0;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline thread_local uint3 threadIdx, blockIdx;
+inline thread_local dim3 blockDim, gridDim;
+
+namespace sapwood::emulation {
+
+inline constexpr unsigned kWarpSize = 32;
+inline constexpr size_t kLine = 64;                 // alignment and redzone of a shared array, bytes
+inline constexpr size_t kSharedLimit = 48 * 1024;   // what a kernel gets without asking for more
+inline constexpr uint64_t kAbsent = ~uint64_t{0};   // exchange slot of a thread that has returned
+
+constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+// State of the block that runs now.
+struct Block {
+  struct alignas(kLine) Line {
+    unsigned char bytes[kLine];
+  };
+  std::vector<Line> arena;
+  size_t dynamic_bytes = 0;
+  std::unique_ptr<std::barrier<>> all;                // __syncthreads
+  std::vector<std::unique_ptr<std::barrier<>>> warp;  // __syncwarp and shuffles
+  std::vector<uint64_t> slot;                         // one exchange slot per thread
+
+  unsigned char* base() { return arena.front().bytes; }
+  size_t capacity() const { return arena.size() * kLine; }
+
+  void reset(unsigned threads) {
+    ASAN_UNPOISON_MEMORY_REGION(base(), capacity());
+    std::memset(base(), 0xFF, capacity());
+    ASAN_POISON_MEMORY_REGION(base(), capacity());
+    all = std::make_unique<std::barrier<>>(threads);
+    warp.clear();
+    for (unsigned first = 0; first < threads; first += kWarpSize) {
+      warp.push_back(std::make_unique<std::barrier<>>(std::min(kWarpSize, threads - first)));
+    }
+    slot.assign(threads, kAbsent);
+  }
+
+  ~Block() {
+    if (!arena.empty()) ASAN_UNPOISON_MEMORY_REGION(base(), capacity());
+  }
+};
+
+// What a thread of the team knows of itself.
+struct Self {
+  Block* block = nullptr;
+  unsigned thread = 0;
+  size_t next = 0;    // where the next shared array starts in the arena
+  size_t shared = 0;  // bytes of shared memory declared so far
+};
+inline thread_local Self self;
+
+inline unsigned char* take_shared(size_t bytes) {
+  const size_t at = self.next;
+  self.next = round_up(at + bytes, kLine) + kLine;
+  self.shared += round_up(bytes, 16);
+  if (self.shared > kSharedLimit || self.next > self.block->capacity()) {
+    throw std::runtime_error("sapwood: a kernel declares more than 48 KiB of shared memory");
+  }
+  unsigned char* address = self.block->base() + at;
+  ASAN_UNPOISON_MEMORY_REGION(address, bytes);
+  return address;
+}
+
+// Every thread declares the same arrays in the same order and so gets the same addresses.
+template <class T>
+T* shared(size_t count) {
+  return reinterpret_cast<T*>(take_shared(count * sizeof(T)));
+}
+
+template <class T>
+T* dynamic_shared() {
+  return reinterpret_cast<T*>(take_shared(self.block->dynamic_bytes));
+}
+
+inline void sync_block() { self.block->all->arrive_and_wait(); }
+inline void sync_warp() { self.block->warp[self.thread / kWarpSize]->arrive_and_wait(); }
+
+inline void require_full(unsigned mask) {
+  if (mask != 0xffffffffu) throw std::runtime_error("sapwood: warp operations take the full mask");
+}
+
+// Gives each lane the value of lane `source` of its warp, its own where `valid` is false.
+template <class T>
+T exchange(unsigned mask, T value, unsigned source, bool valid) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
+  require_full(mask);
+  std::vector<uint64_t>& slot = self.block->slot;
+  std::memcpy(&slot[self.thread], &value, sizeof(T));
+  sync_warp();
+  T received = value;
+  const unsigned from = self.thread / kWarpSize * kWarpSize + source;
+  if (valid && from < slot.size()) std::memcpy(&received, &slot[from], sizeof(T));
+  sync_warp();
+  return received;
+}
+
+inline unsigned ballot(unsigned mask, bool predicate) {
+  require_full(mask);
+  std::vector<uint64_t>& slot = self.block->slot;
+  slot[self.thread] = predicate ? 1 : 0;
+  sync_warp();
+  const unsigned first = self.thread / kWarpSize * kWarpSize;
+  const unsigned last = std::min<unsigned>(first + kWarpSize, static_cast<unsigned>(slot.size()));
+  unsigned votes = 0;
+  for (unsigned i = first; i < last; ++i) votes |= (slot[i] == 1 ? 1u : 0u) << (i - first);
+  sync_warp();
+  return votes;
+}
+
+inline std::vector<uint64_t> block_order(uint64_t count) {
+  std::vector<uint64_t> order(count);
+  std::iota(order.begin(), order.end(), uint64_t{0});
+#if defined(SAPWOOD_EMU_SHUFFLE)
+  std::shuffle(order.begin(), order.end(), std::mt19937_64(SAPWOOD_EMU_SHUFFLE));
+#endif
+  return order;
+}
+
+inline void check_configuration(dim3 grid, dim3 block, size_t bytes) {
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (threads == 0 || threads > 1024 || threads % kWarpSize != 0) {
+    throw std::runtime_error("sapwood: a block must have 32 to 1024 threads in whole warps, got " +
+                             std::to_string(threads));
+  }
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535) {
+    throw std::runtime_error("sapwood: invalid grid (" + std::to_string(grid.x) + ", " +
+                             std::to_string(grid.y) + ", " + std::to_string(grid.z) + ")");
+  }
+  if (bytes > kSharedLimit) {
+    throw std::runtime_error("sapwood: a launch asks for more than 48 KiB of shared memory");
+  }
+}
+
+// The threads of one launch; `body` is the kernel with its arguments bound.
+class Team {
+ public:
+  Team(dim3 grid, dim3 block, size_t bytes, std::function<void()> body)
+      : grid_(grid), block_(block), threads_(block.x * block.y * block.z), body_(std::move(body)),
+        order_(block_order(uint64_t{grid.x} * grid.y * grid.z)), sync_(threads_) {
+    constexpr size_t kRedzones = 32 * 2 * kLine;  // alignment and gap of up to 32 arrays
+    state_.dynamic_bytes = bytes;
+    state_.arena.resize((kSharedLimit + kRedzones) / kLine);
+  }
+
+  void run() {
+    {
+      std::vector<std::jthread> threads;
+      threads.reserve(threads_);
+      try {
+        for (unsigned t = 0; t < threads_; ++t) threads.emplace_back([this, t] { work(t); });
+      } catch (...) {  // the system has no more threads: let the ones that exist go
+        fail(std::current_exception());
+        cancelled_ = true;
+        for (size_t t = threads.size(); t < threads_; ++t) sync_.arrive_and_drop();
+      }
+    }
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  void work(unsigned thread) {
+    blockDim = block_;
+    gridDim = grid_;
+    threadIdx = {thread % block_.x, thread / block_.x % block_.y, thread / (block_.x * block_.y)};
+    for (const uint64_t block : order_) {
+      if (thread == 0) state_.reset(threads_);
+      sync_.arrive_and_wait();
+      if (cancelled_) return;
+      const uint64_t plane = block / grid_.x;
+      blockIdx = {static_cast<unsigned>(block % grid_.x), static_cast<unsigned>(plane % grid_.y),
+                  static_cast<unsigned>(plane / grid_.y)};
+      self = {&state_, thread, 0, 0};
+      try {
+        body_();
+      } catch (...) {
+        fail(std::current_exception());
+      }
+      state_.slot[thread] = kAbsent;
+      state_.warp[thread / kWarpSize]->arrive_and_drop();
+      state_.all->arrive_and_drop();
+      sync_.arrive_and_wait();
+      if (failed_) return;  // the same answer for all: nobody can fail before the next barrier
+    }
+  }
+
+  void fail(std::exception_ptr error) {
+    const std::lock_guard lock(mutex_);
+    if (!error_) error_ = std::move(error);
+    failed_ = true;
+  }
+
+  dim3 grid_, block_;
+  unsigned threads_;
+  std::function<void()> body_;
+  std::vector<uint64_t> order_;
+  std::barrier<> sync_;
+  Block state_;
+  std::mutex mutex_;
+  std::exception_ptr error_;
+  std::atomic<bool> failed_ = false;
+  bool cancelled_ = false;
+};
+
+template <class Kernel, class... Args>
+void launch(Kernel kernel, dim3 grid, dim3 block, size_t bytes, Args... args) {
+  check_configuration(grid, block, bytes);
+  Team(grid, block, bytes, [=] { kernel(args...); }).run();
+}
+
+// Read-modify-write with a function of the old value; returns the old value.
+template <class T, class F>
+T update(T* address, F&& f) {
+  std::atomic_ref<T> cell(*address);
+  T old = cell.load();
+  while (!cell.compare_exchange_weak(old, f(old))) {
+  }
+  return old;
+}
+
+}  // namespace sapwood::emulation
+
+inline void __syncthreads() { sapwood::emulation::sync_block(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  sapwood::emulation::require_full(mask);
+  sapwood::emulation::sync_warp();
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source) {
+  return sapwood::emulation::exchange(mask, value, static_cast<unsigned>(source) % 32u, true);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
+  const unsigned lane = sapwood::emulation::self.thread % 32u;
+  return sapwood::emulation::exchange(mask, value, lane + delta, lane + delta < 32u);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta) {
+  const unsigned lane = sapwood::emulation::self.thread % 32u;
+  return sapwood::emulation::exchange(mask, value, lane - delta, lane >= delta);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  const unsigned source = sapwood::emulation::self.thread % 32u ^ static_cast<unsigned>(lanes);
+  return sapwood::emulation::exchange(mask, value, source, source < 32u);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return sapwood::emulation::ballot(mask, predicate != 0);
+}
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  return sapwood::emulation::update(address, [=](T old) { return static_cast<T>(old + value); });
+}
+template <class T>
+T atomicMax(T* address, T value) {
+  return sapwood::emulation::update(address, [=](T old) { return std::max(old, value); });
+}
+template <class T>
+T atomicMin(T* address, T value) {
+  return sapwood::emulation::update(address, [=](T old) { return std::min(old, value); });
+}
+template <class T>
+T atomicCAS(T* address, T expected, T desired) {
+  std::atomic_ref<T>(*address).compare_exchange_strong(expected, desired);
+  return expected;
+}
+
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __popcll(unsigned long long bits) { return __builtin_popcountll(bits); }
