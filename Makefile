@@ -1,5 +1,5 @@
 # Every goal sets up what it needs from Python >= 3.10, a C++20 compiler and make.
-# Nothing is installed outside of $(VENV), nothing is written outside of it, build/, dist/ and docs/_build/.
+# All of it goes into $(VENV), build/, dist/, docs/_build/ and $(OUT).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -14,16 +14,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMPS := $(VENV)/stamps
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc cmake build_support -type f -not -name '*.pyc')
 EMULATION_SOURCES := $(NATIVE_SOURCES) $(shell find tests/cpp -type f 2>/dev/null)
-CXX_FILES := $(shell find csrc $(wildcard tests/cpp) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc $(wildcard tests/cpp) \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
+  -o -name '*.cu' -o -name '*.cuh' \) )
 EMULATION := build/emu/tests/cpp/_ops_emu.so
 
 # What a build depends on beside its sources: a change starts it from an empty build directory.
-CONFIG := $(PYTHON)|$(TORCH)|$(SAPWOOD_CUDA)|$(SAPWOOD_CUDA_ARCHS)|$(SAPWOOD_SANITIZE)|$(TORCH_CUDA_ARCH_LIST)
+CONFIG := $(TORCH)|$(SAPWOOD_CUDA)|$(SAPWOOD_CUDA_ARCHS)|$(SAPWOOD_SANITIZE)|$(TORCH_CUDA_ARCH_LIST)
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PATH := $(abspath $(BIN)):$(PATH)
+CMAKE = SAPWOOD_TORCH_DIR="$$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/torch" cmake
 .DELETE_ON_ERROR:
-.PHONY: help tour test bench docs wheel lint build emulation clean FORCE
+.PHONY: help tour test bench docs wheel lint build emulation sanitizer environment clean FORCE
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 20
@@ -60,6 +62,14 @@ build: $(STAMPS)/package $(STAMPS)/dev  ## editable install with all development
 
 emulation: $(EMULATION)  ## the CUDA kernels compiled for the CPU, and the C++ tests
 
+PRESET ?= asan
+sanitizer: $(STAMPS)/torch  ## the C++ tests under PRESET=asan or PRESET=tsan
+	$(CMAKE) --preset $(PRESET)
+	cmake --build --preset $(PRESET)
+	ctest --test-dir build/$(PRESET) --output-on-failure --timeout 600
+
+environment: $(STAMPS)/torch
+
 clean:  ## removes everything made here, the virtual environment included
 	rm -rf $(VENV) build dist docs/_build $(OUT)
 
@@ -85,8 +95,6 @@ $(STAMPS)/tour $(STAMPS)/dev: $(STAMPS)/%: pyproject.toml $(STAMPS)/torch | $(ST
 	@touch $@
 
 $(EMULATION): $(STAMPS)/torch $(EMULATION_SOURCES)
-	SAPWOOD_CUDA=0 cmake -S . -B build/emu -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	  -DSAPWOOD_TESTS=ON -DSAPWOOD_NATIVE=OFF -DSKBUILD_PROJECT_VERSION=0 \
-	  -DTORCH_DIR="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/torch"
-	cmake --build build/emu
+	$(CMAKE) --preset emulation
+	cmake --build --preset emulation
 	@touch $@

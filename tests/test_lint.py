@@ -17,7 +17,9 @@ SHIPPED = [
     for folder in ("python", "triton_kernels", "tools", "bench", "examples", "build_support")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
-CXX = [p for s in (".h", ".cuh", ".cpp", ".cu") for p in sorted((ROOT / "csrc").rglob(f"*{s}"))]
+CXX = [
+    p for s in (".h", ".inl", ".cuh", ".cpp", ".cu") for p in sorted((ROOT / "csrc").rglob(f"*{s}"))
+]
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 UNSAFE_MODULES = {
@@ -112,7 +114,7 @@ def closure(path: Path) -> Iterator[str]:
                 break
 
 
-KERNELS = [path for path in CXX if path.suffix == ".h" and path.parent.name != "common"]
+KERNELS = [path for path in CXX if path.suffix in (".h", ".inl") and path.parent.name != "common"]
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=relative)
@@ -151,7 +153,7 @@ def test_environment_variables_are_the_documented_ones() -> None:
 
 
 TEXT = {".py", ".pyi", ".md", ".toml", ".cmake", ".txt", ".yml", ".yaml", ".sh", ".h", ".cpp"}
-TEXT |= {".cu", ".cuh", ".json", ".csv", ".html", ".css", ".cff", ""}
+TEXT |= {".inl", ".cu", ".cuh", ".json", ".csv", ".html", ".css", ".cff", ""}
 MACHINE_PATH = re.compile(r"(?<![\w.$}{/-])/(?:home|root|Users|opt|mnt|work|workspace)/\w")
 
 

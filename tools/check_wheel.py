@@ -24,7 +24,7 @@ REQUIRED = (
     "sapwood/py.typed",
     "sapwood/triton_kernels/__init__.py",
 )
-SOURCES = (".cpp", ".cu", ".cuh", ".h")
+SOURCES = (".cpp", ".cu", ".cuh", ".h", ".inl")
 #: The system's own libraries. The loader is ld-linux-x86-64.so.2 or ld-linux-aarch64.so.1.
 SYSTEM = re.compile(r"lib(c|m|dl|rt|pthread|stdc\+\+|gcc_s)\.so\.\d+|ld-linux-[\w-]+\.so\.\d+")
 TORCH = "libtorch_cpu.so"
