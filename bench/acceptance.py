@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 
 import history
-import sapwood
 import sweep
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import sapwood
 from sapwood._measure import interleave, machine_name
 from sapwood.cli.benchmarks.masked_matmul import MaskedMatmulCase, problem_of
-from torch import Tensor
 
 REPEATS = 30
 SIDE = 2048

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import Measure
+
 from sapwood.cli.benchmarks.masked_matmul import MaskedMatmulCase, cases
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import history
 import peak_memory
 import pytest
-import sapwood
 import torch
+
+import sapwood
 from sapwood._measure import machine_name
 from sapwood.cli.benchmarks.runner import Case, CaseResult, run_case
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
 from sapwood._measure import machine_name
 from sapwood.cli.benchmarks.runner import Case, Timing
 

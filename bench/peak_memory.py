@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from sapwood.cli.benchmarks.masked_matmul import MaskedMatmulCase, problem_of
 from sapwood.cli.benchmarks.runner import Case
 

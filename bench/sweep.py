@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import sapwood
 import torch
+
+import sapwood
 from sapwood._measure import interleave
 from sapwood.cli.benchmarks.masked_matmul import SHAPES, MaskedMatmulCase, problem_of
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from sapwood.ops import _calibrate, _cost_model, _dispatch
 from sapwood.ops._cost_model import DispatchTable, Key, Surface
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import random
 import time
@@ -33,9 +32,8 @@ class Sampler:
             self._flush = torch.empty(_GPU_FLUSH_BYTES, dtype=torch.uint8, device=device)
         call()
         self._repeats = 1
-        once = self.sample()
-        if device == "cpu":
-            self._repeats = min(1000, max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7))))
+        while device == "cpu" and self.sample() * self._repeats < SHORTEST_SAMPLE:
+            self._repeats *= 2
 
     def sample(self) -> float:
         """Seconds per call, averaged over one sample."""

@@ -6,6 +6,7 @@ multiplied by its mask beforehand, which is what a user would write for inferenc
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -149,10 +150,16 @@ def _forward(p: Problem, provider: str) -> Call:
 
 def _torch_csr(product: Tensor) -> Tensor:
     """int32 indices are the ones the vendor library takes without converting them at each call."""
-    csr = product.to_sparse_csr()
-    return torch.sparse_csr_tensor(
-        csr.crow_indices().int(), csr.col_indices().int(), csr.values(), csr.shape
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        csr = product.to_sparse_csr()
+        return torch.sparse_csr_tensor(
+            csr.crow_indices().int(),
+            csr.col_indices().int(),
+            csr.values(),
+            csr.shape,
+            check_invariants=False,
+        )
 
 
 def _scipy_forward(p: Problem) -> Call:
