@@ -1,0 +1,388 @@
+"""Masks as objects: which weights of a model are kept, under the names of its parameters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sapwood.pruning import _files, _maskfile
+from sapwood.pruning._names import (
+    NamedParameters,
+    Rule,
+    prunable,
+    require_matching,
+    shape_of,
+)
+
+__all__ = ["PRUNABLE", "MaskSet"]
+
+#: The modules whose ``weight`` is pruned by default.
+PRUNABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+_WHERE = "sapwood.pruning.MaskSet"
+
+
+class MaskSet(Mapping[str, Tensor]):
+    """Ordered mapping of parameter names to bool masks, True where a weight is kept.
+
+    Names are those of the bare model: what DistributedDataParallel, torch.compile and FSDP put in
+    front of them is stripped. Nothing is attached to the model. The mapping itself is immutable;
+    treat the mask tensors as read-only too.
+
+    Example:
+        >>> import torch
+        >>> from sapwood.pruning import MaskSet
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+        >>> masks = MaskSet.dense(model)
+        >>> masks.counts()
+        {'0.weight': (12, 12)}
+
+    Args:
+        masks: name -> bool tensor of the parameter's shape.
+        aliases: further name of a tied parameter -> its name in ``masks``.
+        metadata: strings to store in the file beside the masks.
+
+    Raises:
+        TypeError: if a mask is no bool tensor.
+        ValueError: if an alias names no mask, or a metadata key is reserved.
+    """
+
+    def __init__(
+        self,
+        masks: Mapping[str, Tensor],
+        *,
+        aliases: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        for name, mask in masks.items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                actual = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"{_WHERE}: {name} must be a bool tensor, got {actual}")
+        self._masks = {name: mask.detach() for name, mask in masks.items()}
+        self.aliases = dict(aliases or {})
+        self.metadata = _user_metadata(metadata)
+        for alias, name in self.aliases.items():
+            if name not in self._masks or alias in self._masks:
+                raise ValueError(f"{_WHERE}: aliases must map new names to masks, got {alias!r}")
+
+    @classmethod
+    def dense(
+        cls,
+        model: nn.Module,
+        include: Sequence[Rule] | None = None,
+        exclude: Sequence[Rule] | None = None,
+        types: tuple[type[nn.Module], ...] = PRUNABLE,
+        strict: bool = True,
+    ) -> MaskSet:
+        """All-True masks for the prunable parameters of a model.
+
+        Without rules these are the ``weight`` tensors of the modules in ``types``; a weight that is
+        tied to a module of another kind, such as an embedding, is left out. A tied parameter
+        appears once, under its first name.
+
+        Example:
+            >>> import torch
+            >>> from sapwood.pruning import MaskSet
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+            >>> list(MaskSet.dense(model, exclude=["1.*"]))
+            ['0.weight']
+
+        Args:
+            model: the model, bare or wrapped.
+            include: exact names (of any parameter), globs, or callables ``(name, parameter) ->
+                bool``; globs and callables choose among the default set. Default: all of it.
+            exclude: the same, removed afterwards.
+            types: modules whose ``weight`` is prunable.
+            strict: every rule must match and something must be left.
+
+        Returns:
+            Masks on the device of their parameters.
+
+        Raises:
+            MaskMatchError: if ``strict`` and a rule matches nothing or nothing is left.
+            TypeError: if a chosen parameter is not floating point, or a rule has another type.
+            ValueError: if a chosen parameter is not initialised yet.
+        """
+        chosen, aliases = prunable(model, include, exclude, types, strict, f"{_WHERE}.dense")
+        ones = {name: torch.ones_like(p, dtype=torch.bool) for name, p in chosen.items()}
+        return cls(ones, aliases=aliases)
+
+    @classmethod
+    def from_zeros(
+        cls,
+        model: nn.Module,
+        include: Sequence[Rule] | None = None,
+        exclude: Sequence[Rule] | None = None,
+        types: tuple[type[nn.Module], ...] = PRUNABLE,
+        strict: bool = True,
+    ) -> MaskSet:
+        """Adopts a sparse checkpoint of any origin: keeps what is not zero in the weights.
+
+        Example:
+            >>> import torch
+            >>> from sapwood.pruning import MaskSet
+            >>> layer = torch.nn.Linear(2, 1)
+            >>> _ = layer.weight.data.copy_(torch.tensor([[0.0, 3.0]]))
+            >>> MaskSet.from_zeros(layer)["weight"]
+            tensor([[False,  True]])
+
+        Args:
+            model: the model with the sparse weights.
+            include: as in ``dense``.
+            exclude: as in ``dense``.
+            types: as in ``dense``.
+            strict: as in ``dense``.
+
+        Returns:
+            Masks on the device of their parameters.
+
+        Raises:
+            MaskMatchError: as in ``dense``.
+            ValueError: if a weight holds NaN.
+        """
+        where = f"{_WHERE}.from_zeros"
+        chosen, aliases = prunable(model, include, exclude, types, strict, where)
+        for name, p in chosen.items():
+            count = int(p.detach().isnan().sum())
+            if count:
+                raise ValueError(f"{where}: {name} must hold numbers, got {count} NaN values")
+        return cls({name: p.detach() != 0 for name, p in chosen.items()}, aliases=aliases)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MaskSet:
+        """Reads a mask file and verifies it completely.
+
+        Example:
+            >>> masks = MaskSet.load("model.masks.safetensors")  # doctest: +SKIP
+
+        Args:
+            path: a file written by ``save``.
+
+        Returns:
+            Masks on the CPU.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is no mask file, truncated, or altered in any byte.
+        """
+        content = Path(path).read_bytes()
+        try:
+            masks, aliases, metadata = _maskfile.decode(content)
+            return cls(masks, aliases=aliases, metadata=metadata)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{_WHERE}.load: {path} must be an intact mask file: {error}"
+            ) from None
+
+    def save(
+        self, path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes the masks, one bit per weight, atomically.
+
+        Example:
+            >>> masks.save("model.masks.safetensors", metadata={"run": "7"})  # doctest: +SKIP
+
+        Args:
+            path: the target; by custom it ends in ``.masks.safetensors``.
+            metadata: strings to store too; added to ``self.metadata``.
+
+        Raises:
+            ValueError: if a metadata key is reserved.
+            TypeError: if metadata holds anything but strings.
+        """
+        user = _user_metadata({**self.metadata, **(metadata or {})})
+        _files.write_atomic(path, _maskfile.encode(self, self.aliases, user))
+
+    def apply_(self, model: nn.Module, *, strict: bool = True) -> None:
+        """Sets the masked weights of the model to +0.0, in place and outside autograd.
+
+        Example:
+            >>> masks.apply_(model)  # doctest: +SKIP
+
+        Args:
+            model: a model with the parameters the masks name.
+            strict: every mask must find its parameter.
+
+        Raises:
+            MaskMatchError: if ``strict`` and a mask has no parameter.
+            ValueError: if a shape differs; the model is then unchanged.
+        """
+        found = self.parameters_of(NamedParameters.of(model), strict, f"{_WHERE}.apply_")
+        with torch.no_grad():
+            for name, parameter in found.items():
+                parameter.masked_fill_(~self._masks[name].to(parameter.device), 0.0)
+
+    def check(self, model: nn.Module, *, strict: bool = True) -> list[str]:
+        """Names whose weights are not zero (NaN included) where they should be.
+
+        Example:
+            >>> masks.check(model)  # doctest: +SKIP
+            []
+
+        Args:
+            model: a model with the parameters the masks name.
+            strict: every mask must find its parameter.
+
+        Returns:
+            The offending names; empty when the model obeys the masks.
+
+        Raises:
+            MaskMatchError: if ``strict`` and a mask has no parameter.
+            ValueError: if a shape differs.
+        """
+        found = self.parameters_of(NamedParameters.of(model), strict, f"{_WHERE}.check")
+        return [
+            name
+            for name, parameter in found.items()
+            if bool(((parameter.detach() != 0) & ~self._masks[name].to(parameter.device)).any())
+        ]
+
+    def parameters_of(
+        self, named: NamedParameters, strict: bool, where: str
+    ) -> dict[str, nn.Parameter]:
+        """The parameters that the masks name, checked for existence and shape."""
+        found = require_matching(self, named, strict, where)
+        for name, parameter in found.items():
+            if parameter.shape != self._masks[name].shape:
+                raise ValueError(
+                    f"{where}: {name} must have the parameter's shape {shape_of(parameter)}, "
+                    f"got a mask of {shape_of(self._masks[name])}"
+                )
+        return found
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Name -> (kept, total)."""
+        return {name: (int(m.count_nonzero()), m.numel()) for name, m in self._masks.items()}
+
+    def sparsity(self) -> float:
+        """Share of the elements in the set that are switched off; 0.0 for an empty set."""
+        counts = self.counts().values()
+        total = sum(n for _, n in counts)
+        return 1.0 - sum(kept for kept, _ in counts) / total if total else 0.0
+
+    def overlap(
+        self,
+        other: MaskSet,
+        kind: Literal["jaccard", "keep_share", "chance_corrected"] = "jaccard",
+    ) -> float:
+        """How much two mask sets agree on what to keep.
+
+        ``jaccard`` is |A and B| / |A or B|; ``keep_share`` is |A and B| / |A|, the part of this
+        set's weights that the other keeps too; ``chance_corrected`` is (|A and B| - E) / (M - E)
+        with E the expectation for random masks of the same per-tensor counts and M the largest
+        possible value, so 0 means chance and 1 the best that the counts allow.
+
+        Example:
+            >>> import torch
+            >>> from sapwood.pruning import MaskSet
+            >>> a = MaskSet({"w": torch.tensor([True, True, False, False])})
+            >>> a.overlap(MaskSet({"w": torch.tensor([True, False, True, False])}))
+            0.3333333333333333
+
+        Args:
+            other: masks with the same names and shapes.
+            kind: the measure.
+
+        Returns:
+            The measure; 1.0 where it would be 0 / 0.
+
+        Raises:
+            ValueError: if names or shapes differ, or ``kind`` is unknown.
+        """
+        where = f"{_WHERE}.overlap"
+        self._require_same(other, where)
+        both = (self & other).counts()
+        mine, theirs = self.counts(), other.counts()
+        shared = float(sum(kept for kept, _ in both.values()))
+        kept = sum(k for k, _ in mine.values())
+        if kind == "jaccard":
+            numerator, denominator = shared, kept + sum(k for k, _ in theirs.values()) - shared
+        elif kind == "keep_share":
+            numerator, denominator = shared, float(kept)
+        elif kind == "chance_corrected":
+            best = sum(min(mine[name][0], theirs[name][0]) for name in mine)
+            chance = sum(
+                mine[n][0] * theirs[n][0] / total for n, (_, total) in mine.items() if total
+            )
+            numerator, denominator = shared - chance, best - chance
+        else:
+            raise ValueError(
+                f"{where}: kind must be 'jaccard', 'keep_share' or 'chance_corrected', got {kind!r}"
+            )
+        return numerator / denominator if denominator else 1.0
+
+    def digest(self) -> str:
+        """sha256 over names, shapes and packed bits: equal for equal sets, in the same order."""
+        return _maskfile.digest(self)
+
+    def to(self, device: torch.device | str) -> MaskSet:
+        """The same masks on another device."""
+        return self._like({name: mask.to(device) for name, mask in self._masks.items()})
+
+    def _like(self, masks: Mapping[str, Tensor]) -> MaskSet:
+        return MaskSet(masks, aliases=self.aliases, metadata=self.metadata)
+
+    def _require_same(self, other: MaskSet, where: str) -> None:
+        if not isinstance(other, MaskSet):
+            raise TypeError(f"{where}: other must be a MaskSet, got {type(other).__name__}")
+        if set(self) != set(other):
+            differing = sorted(set(self) ^ set(other))
+            raise ValueError(
+                f"{where}: other must have the same names, got a difference in "
+                f"{', '.join(repr(name) for name in differing[:5])}"
+            )
+        for name, mask in self.items():
+            if mask.shape != other[name].shape:
+                expected, actual = shape_of(mask), shape_of(other[name])
+                raise ValueError(f"{where}: {name} must have shape {expected}, got {actual}")
+
+    def __and__(self, other: MaskSet) -> MaskSet:
+        self._require_same(other, f"{_WHERE}.__and__")
+        return self._like({name: m & other[name].to(m.device) for name, m in self.items()})
+
+    def __or__(self, other: MaskSet) -> MaskSet:
+        self._require_same(other, f"{_WHERE}.__or__")
+        return self._like({name: m | other[name].to(m.device) for name, m in self.items()})
+
+    def __xor__(self, other: MaskSet) -> MaskSet:
+        self._require_same(other, f"{_WHERE}.__xor__")
+        return self._like({name: m ^ other[name].to(m.device) for name, m in self.items()})
+
+    def __invert__(self) -> MaskSet:
+        return self._like({name: ~mask for name, mask in self.items()})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MaskSet):
+            return NotImplemented
+        return list(self) == list(other) and all(
+            torch.equal(mask, other[name].to(mask.device)) for name, mask in self.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[self.aliases.get(name, name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        total = sum(mask.numel() for mask in self._masks.values())
+        return f"MaskSet({len(self)} tensors, {total} elements, sparsity {self.sparsity():.4f})"
+
+
+def _user_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"{_WHERE}: metadata must hold strings, got {key!r}: {value!r}")
+        if key in _maskfile.RESERVED:
+            raise ValueError(f"{_WHERE}: metadata must not use a reserved key, got {key!r}")
+    return dict(metadata or {})
