@@ -96,21 +96,28 @@ struct Epilogue {
   }
 };
 
+// Trades half of the values that are left with the lane across, then a quarter, and so on. Recursive,
+// so that every index is a constant and the values stay in registers.
+template <int Half, int A, class T>
+__device__ void trade_halves(T (&value)[A], int lane) {
+  if constexpr (Half > 0) {
+    const bool upper = lane & Half;
+    SAPWOOD_UNROLL
+    for (int j = 0; j < Half; ++j) {
+      const T given = upper ? value[j] : value[j + Half];
+      const T kept = upper ? value[j + Half] : value[j];
+      value[j] = kept + __shfl_xor_sync(kFullMask, given, Half);
+    }
+    trade_halves<Half / 2>(value, lane);
+  }
+}
+
 // Sums A values over the lanes of a warp at once: afterwards lane l holds the total of value l % A.
-// Each step trades half of the values that are left with the lane across, so that A = 32 costs 31
-// shuffles instead of 160. The order of additions is fixed.
+// A = 32 costs 31 shuffles instead of 160. The order of additions is fixed.
 template <int A, class T>
 __device__ T reduce_scatter(T (&value)[A], int lane) {
-  SAPWOOD_UNROLL
-  for (int half = A / 2; half > 0; half /= 2) {
-    const bool upper = lane & half;
-    SAPWOOD_UNROLL
-    for (int j = 0; j < half; ++j) {
-      const T given = upper ? value[j] : value[j + half];
-      const T kept = upper ? value[j + half] : value[j];
-      value[j] = kept + __shfl_xor_sync(kFullMask, given, half);
-    }
-  }
+  static_assert(A > 0 && A <= kWarp && (A & (A - 1)) == 0);
+  trade_halves<A / 2>(value, lane);
   T total = value[0];
   SAPWOOD_UNROLL
   for (int distance = A; distance < kWarp; distance *= 2) {
