@@ -8,10 +8,10 @@ SAPWOOD_LIBRARY(m) {
   m.def("masked_matmul_backward(Tensor grad, Tensor x, Tensor weight, Tensor mask, bool need_x, bool need_weight, bool dense_weight_grad) -> (Tensor, Tensor)");
   m.def("pack_csr(Tensor weight, Tensor mask) -> (Tensor values, Tensor cols, Tensor row_ptr, Tensor row_order)");
   m.def("pack_bitmap(Tensor weight, Tensor mask) -> (Tensor values, Tensor words, Tensor row_ptr)");
-  m.def("pack_sell(Tensor weight, Tensor mask) -> (Tensor values, Tensor index, Tensor lanes, Tensor step_ptr, Tensor value_ptr)");
+  m.def("pack_sell(Tensor weight, Tensor mask) -> (Tensor values, Tensor index, Tensor window, Tensor slice_ptr)");
   m.def("transpose_csr(Tensor cols, Tensor row_ptr, int k) -> (Tensor cols_t, Tensor row_ptr_t, Tensor row_order_t, Tensor perm)");
   m.def("packed_linear_csr(Tensor x, Tensor values, Tensor cols, Tensor row_ptr, Tensor row_order, Tensor? bias, int k, str activation, Tensor? cols_t, Tensor? row_ptr_t, Tensor? row_order_t, Tensor? perm) -> Tensor");
   m.def("packed_linear_bitmap(Tensor x, Tensor values, Tensor words, Tensor row_ptr, Tensor? bias, int k, str activation) -> Tensor");
-  m.def("packed_linear_sell(Tensor x, Tensor values, Tensor index, Tensor lanes, Tensor step_ptr, Tensor value_ptr, Tensor? bias, int n, int k, str activation) -> Tensor");
+  m.def("packed_linear_sell(Tensor x, Tensor values, Tensor index, Tensor window, Tensor slice_ptr, Tensor? bias, int n, int k, str activation) -> Tensor");
   m.def("sampled_matmul(Tensor grad, Tensor x, Tensor cols, Tensor row_ptr) -> Tensor");
 }

@@ -1,0 +1,69 @@
+// Products with a masked weight. The ladder, each rung with what it gains over the one before
+// (2048 x 2048, 90 % zeros, fp32, one core; measured figures are in README.md):
+//   1 naive            six lines, obviously right: the oracle of the unit tests
+//   2 row-wise csr     skips the zeros, gathers x: one load per multiplication
+//   3 panels           x transposed to (K, P): one weight meets P activations in registers, loads
+//                      are whole lines, the matrix is read once per P batch rows
+//   4 accumulator sets even and odd non-zeros in different registers hide the latency of the FMA
+//   5 prefetch         the columns are known 16 non-zeros ahead; panel rows come from L2
+//   6 sell, window     batch 1..8: x lies in registers, 64 rows share its loads, no gather, no
+//                      branch per row or segment
+//   7 bitmap, expand   batch 1..8 at moderate sparsity and least memory: 16 weights per instruction
+// Tried and left out: blocking K so that a panel block stays in L1. At 90 % its row segments hold
+// 13 non-zeros, and the mispredicted ends cost more than the L2 loads they save.
+// No torch header here; nothing allocates.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+#if defined(__x86_64__)
+#pragma GCC diagnostic push  // gcc 12 warns of its own header's undefined values
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include "common/math.h"
+#include "common/simd.h"
+#include "masked_matmul/formats.h"
+
+namespace sapwood::masked_matmul {
+
+// Rung 1: y = x where(mask, weight, 0)^T + bias in double. x (B, K), weight and mask (N, K).
+template <class T>
+void masked_matmul_naive(const T* x, const T* weight, const uint8_t* mask, const T* bias,
+                         double* y, int64_t b, int64_t n, int64_t k) {
+  for (int64_t i = 0; i < b; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = bias != nullptr ? static_cast<double>(bias[j]) : 0.0;
+      for (int64_t c = 0; c < k; ++c) {
+        if (mask[j * k + c] != 0) {
+          sum += static_cast<double>(x[i * k + c]) * static_cast<double>(weight[j * k + c]);
+        }
+      }
+      y[i * n + j] = sum;
+    }
+  }
+}
+
+// The width of the panel for `left` remaining batch rows: wide panels read the matrix less often,
+// but the panel should stay in half of a 1 MiB L2.
+inline int64_t panel_width(int64_t left, int64_t k, int64_t element_bytes) {
+  int64_t width = left > 32 ? 64 : left > 16 ? 32 : 16;
+  while (width > 16 && k * width * element_bytes > 512 * 1024) width /= 2;
+  return width;
+}
+
+}  // namespace sapwood::masked_matmul
+
+#define SAPWOOD_KERNEL_FILE "masked_matmul/kernel_panel.inl"
+#include "common/foreach_isa.h"
+#define SAPWOOD_KERNEL_FILE "masked_matmul/kernel_bitmap.inl"
+#include "common/foreach_isa.h"
+#define SAPWOOD_KERNEL_FILE "masked_matmul/kernel_sell.inl"
+#include "common/foreach_isa.h"
+#define SAPWOOD_KERNEL_FILE "masked_matmul/kernel_sampled.inl"
+#include "common/foreach_isa.h"

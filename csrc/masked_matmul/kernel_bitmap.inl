@@ -1,0 +1,117 @@
+// Bitmap rows. Batches up to 8 with AVX-512 expand 16 weights at a time against x as it lies;
+// everything else lists the columns of a row and goes through the panel kernel.
+namespace sapwood::masked_matmul::SAPWOOD_ISA {
+
+#if SAPWOOD_IS_AVX512
+// The destination is zeroed by an instruction of its own: on Zen 5 vexpandps depends on its old
+// destination even when it zeroes, and gcc picks any register.
+SAPWOOD_TARGET SAPWOOD_INLINE __m512 expand(__mmask16 mask, const float* values) {
+  __m512 result;
+  asm("vpxord %0, %0, %0\n\tvexpandps %1, %0%{%2%}"
+      : "=&v"(result)
+      : "m"(*reinterpret_cast<const float(*)[16]>(values)), "Yk"(mask));
+  return result;
+}
+
+// sums[b * R + r] for R rows against B activations x (B, stride); one chain per row and batch row,
+// words in ascending order, so that the result does not depend on R.
+template <int R, int B>
+SAPWOOD_TARGET SAPWOOD_INLINE void expand_rows(const float* const* row_values,
+                                               const uint16_t* words, int64_t words_per_row,
+                                               const float* x, int64_t stride, float* sums) {
+  __m512 acc[R][B];
+  const float* values[R];
+  for (int r = 0; r < R; ++r) {
+    values[r] = row_values[r];
+    for (int b = 0; b < B; ++b) acc[r][b] = _mm512_setzero_ps();
+  }
+  for (int64_t j = 0; j < words_per_row; ++j) {
+    __m512 activations[B];
+    for (int b = 0; b < B; ++b) activations[b] = _mm512_loadu_ps(x + b * stride + j * kWordBits);
+    for (int r = 0; r < R; ++r) {
+      const uint16_t word = words[r * words_per_row + j];
+      const __m512 weights = expand(word, values[r]);
+      __builtin_prefetch(values[r] + 256);
+      values[r] += __builtin_popcount(word);
+      for (int b = 0; b < B; ++b) {
+        acc[r][b] = _mm512_mask3_fmadd_ps(weights, activations[b], acc[r][b], word);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int b = 0; b < B; ++b) sums[b * R + r] = _mm512_reduce_add_ps(acc[r][b]);
+  }
+}
+
+// Rows [first, first + rows) against B rows of x (B, stride), stride a multiple of 16 and at least
+// K; scratch (4 * K,). Writes y[b, row] for b < batch.
+template <int B, class Value>
+SAPWOOD_TARGET void bitmap_rows(const Bitmap<Value>& w, int64_t first, int64_t rows, const float* x,
+                                int64_t stride, int64_t b0, int64_t batch, float* scratch,
+                                const Output<float>& out) {
+  constexpr int R = B <= 4 ? 4 : 2;
+  const int64_t words_per_row = w.words_per_row();
+  for (int64_t i = first; i < first + rows; i += R) {
+    const int64_t group = std::min<int64_t>(R, first + rows - i);
+    const float* values[R];
+    float sums[R * B];
+    for (int64_t r = 0; r < group; ++r) {
+      const int64_t begin = w.row_ptr[i + r];
+      values[r] = decoded(w.values + begin, w.row_ptr[i + r + 1] - begin, scratch + r * w.k);
+    }
+    const uint16_t* words = w.words + i * words_per_row;
+    if (group == R) {
+      expand_rows<R, B>(values, words, words_per_row, x, stride, sums);
+    } else {
+      for (int64_t r = 0; r < group; ++r) {
+        float one[B];
+        expand_rows<1, B>(values + r, words + r * words_per_row, words_per_row, x, stride, one);
+        for (int b = 0; b < B; ++b) sums[b * R + r] = one[b];
+      }
+    }
+    for (int64_t r = 0; r < group; ++r) {
+      const float bias = out.bias != nullptr ? out.bias[i + r] : 0.0f;
+      for (int64_t b = 0; b < batch; ++b) out.y[(b0 + b) * out.n + i + r] = sums[b * R + r] + bias;
+    }
+  }
+  if (out.activation == Activation::none) return;
+  for (int64_t b = 0; b < batch; ++b) {
+    activate_row(out.y + (b0 + b) * out.n + first, rows, 0.0f, out.activation);
+  }
+}
+#endif
+
+// The set columns of one row, ascending.
+SAPWOOD_TARGET inline void list_columns(const uint16_t* words, int64_t words_per_row,
+                                        int32_t* cols) {
+  for (int64_t j = 0; j < words_per_row; ++j) {
+    for (uint32_t bits = words[j]; bits != 0; bits &= bits - 1) {
+      *cols++ = static_cast<int32_t>(j * kWordBits) + __builtin_ctz(bits);
+    }
+  }
+}
+
+// As csr_chunk; cols (K,) and scratch (K,).
+template <int P, class T, class Value>
+SAPWOOD_TARGET void bitmap_chunk(const Bitmap<Value>& w, int64_t first, int64_t rows,
+                                 const T* panel, T* sums, int32_t* cols, T* scratch) {
+  for (int64_t row = first; row < first + rows; ++row) {
+    const int64_t begin = w.row_ptr[row], count = w.row_ptr[row + 1] - begin;
+    list_columns(w.words + row * w.words_per_row(), w.words_per_row(), cols);
+    const T* values = decoded(w.values + begin, count, scratch);
+    row_times_panel<P>(panel, values, cols, count, count, sums + (row - first) * P);
+  }
+}
+
+template <class T, class Value>
+SAPWOOD_TARGET inline void bitmap_chunk_of(const Bitmap<Value>& w, int64_t first, int64_t rows,
+                                           const T* panel, int64_t width, T* sums, int32_t* cols,
+                                           T* scratch) {
+  switch (width) {
+    case 16: return bitmap_chunk<16>(w, first, rows, panel, sums, cols, scratch);
+    case 32: return bitmap_chunk<32>(w, first, rows, panel, sums, cols, scratch);
+    default: return bitmap_chunk<64>(w, first, rows, panel, sums, cols, scratch);
+  }
+}
+
+}  // namespace sapwood::masked_matmul::SAPWOOD_ISA
