@@ -200,8 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = set(options.only or ()) - set(groups)
     if unknown:
         parser.error(f"--only must name groups among {', '.join(groups)}, got {', '.join(unknown)}")
-    sapwood.ops.calibrate(seconds=3.0, force=True)
+    table = sapwood.ops.calibrate(seconds=3.0, force=True)
     print(f"{machine_name()}, torch {torch.__version__}, commit {history.commit()}")
+    print(f"dispatch table: {table.source}")
     print(f"{'point':<48}{'target':>10}{'measured':>11}")
     points = []
     for name, group in groups.items():

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,10 +36,13 @@ def measured(isa: str, threads: int, dtype: str, seconds: float) -> dict[str, ob
         **os.environ,
         "SAPWOOD_CPU_CAPABILITY": isa,
         "SAPWOOD_DISPATCH": "auto",
-        "SAPWOOD_CACHE_DIR": os.devnull,  # not a folder, so the table stays in the child's memory
     }
-    command = (sys.executable, "-W", "ignore", "-c", _CHILD, str(threads), dtype, str(seconds))
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    with tempfile.TemporaryDirectory() as empty:
+        environment["SAPWOOD_CACHE_DIR"] = empty
+        command = (sys.executable, "-c", _CHILD, str(threads), dtype, str(seconds))
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    if done.stderr:
+        raise SystemExit(done.stderr)
     table = _dispatch.DispatchTable.from_json(done.stdout)
     if table.key.isa != isa:
         raise SystemExit(f"this CPU cannot run {isa}: it measured {table.key.isa}")

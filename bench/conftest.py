@@ -77,11 +77,12 @@ def pytest_terminal_summary(
     """One line per case and provider; below 1 is faster than the baseline."""
     results = config.stash[_RESULTS]
     terminalreporter.section("interleaved ratios (time / baseline time; quartiles)")
-    for (case, provider), (result, _) in results.items():
+    for (case, provider), (result, memory) in results.items():
         t = result.timings[provider]
+        peak = "" if memory is None else f", {memory:.0f} MiB"
         terminalreporter.write_line(
             f"{case.op:<25}{case.name:<24}{provider:<14}{t.median_us:>10.1f} us "
-            f"{t.ratio:7.3f} [{t.ratio_low:.3f}, {t.ratio_high:.3f}] of {case.baseline}"
+            f"{t.ratio:7.3f} [{t.ratio_low:.3f}, {t.ratio_high:.3f}] of {case.baseline}{peak}"
         )
     if config.getoption("--record"):
         rows = [

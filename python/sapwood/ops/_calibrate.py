@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import heapq
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -18,8 +19,8 @@ from sapwood.ops._cost_model import LARGEST_BATCH, DispatchTable, Key, Surface, 
 #: Measured weights are side x side: inside L2, at its edge, and well beyond it.
 SIDES = (256, 1024, 2048)
 
-#: Measured batches: one per bucket, and both ends of the small ones.
-BATCHES = (1, 2, 8, 16, 64, 256, 512)
+#: Measured batches; beyond the last one the cost per column no longer changes.
+BATCHES = (1, 2, 8, 16, 64, 256)
 
 #: Measured densities, spread over the range in which the format can win.
 DENSITIES = {
@@ -30,7 +31,11 @@ DENSITIES = {
 }
 
 _OVERHEAD_SIDE = 16  # its product takes nanoseconds: what is left is the cost of a call
-_FEWEST_ROUNDS = 2  # the first one also meets cold caches and page faults
+_FEWEST_ROUNDS = 3
+_PATIENCE = 3  # times the given seconds: how long to wait for a quiet moment
+
+#: Above this noise the figures say more about other programs than about the kernels.
+TOO_NOISY = 0.15
 
 
 class Cell(NamedTuple):
@@ -42,33 +47,43 @@ class Cell(NamedTuple):
     density: float
 
 
-def measure(key: Key, dtype: torch.dtype, *, seconds: float) -> DispatchTable:
-    """Times every cell of the grid in interleaved rounds and keeps the smallest times.
+def measure(key: Key, dtype: torch.dtype, *, seconds: float) -> tuple[DispatchTable, float]:
+    """Times every cell of the grid in rounds and keeps the smallest times.
 
     Args:
         key: what is measured; its device must be the current one, its threads already set.
         dtype: of values and activations.
-        seconds: duration, beyond which only the first two rounds are completed.
+        seconds: duration; beyond it only the first three rounds are completed, and up to twice as
+            much is spent on waiting for a quiet moment.
+
+    Returns:
+        The table, and its noise: by how much the second smallest time exceeds the smallest, as
+        the median over all cells. A time that was met twice is that of the kernel.
     """
-    deadline = time.perf_counter() + seconds
+    start = time.perf_counter()
     formats = [name for name in DENSITIES if _has_kernel(name, key)]
     with torch.no_grad(), torch.autocast(key.device, enabled=False):
         samplers = {
             cell: Sampler(call, key.device) for cell, call in _cells(key.device, dtype, formats)
         }
-        best = dict.fromkeys(samplers, math.inf)
-        rounds = 0
-        while rounds < _FEWEST_ROUNDS or time.perf_counter() < deadline:
+        best: dict[Cell, list[float]] = {cell: [] for cell in samplers}
+        noise, rounds, spent = 1.0, 0, 0.0
+        while rounds < _FEWEST_ROUNDS or spent < seconds * (1 if noise < TOO_NOISY else _PATIENCE):
             for cell, sampler in samplers.items():
-                best[cell] = min(best[cell], sampler.sample())
+                best[cell] = heapq.nsmallest(2, (*best[cell], sampler.sample()))
             rounds += 1
-    return DispatchTable(
+            if rounds > 1:
+                noise = statistics.median(second / first - 1 for first, second in best.values())
+            spent = time.perf_counter() - start
+    fastest = {cell: times[0] for cell, times in best.items()}
+    table = DispatchTable(
         key=key,
         sides=SIDES,
-        surfaces={name: _surface(name, key.device, best) for name in formats},
+        surfaces={name: _surface(name, key.device, fastest) for name in formats},
         version=sapwood.__version__,
         source="calibrated",
     )
+    return table, noise
 
 
 def _has_kernel(name: str, key: Key) -> bool:

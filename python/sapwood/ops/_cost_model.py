@@ -150,12 +150,18 @@ def batch_bucket(batch: int) -> int:
 
 
 def batch_units(format: str, batch: int) -> int:
-    """Columns a kernel works on for ``batch`` columns: the csr kernel pads to whole panels.
+    """Columns a kernel works on for ``batch`` columns: the csr kernel works on whole panels.
 
-    >>> [batch_units("csr", b) for b in (1, 17, 65)], batch_units("dense", 65)
-    ([16, 32, 80], 65)
+    A panel is 64 columns wide, the last one 16 or 32 when that is enough.
+
+    >>> [batch_units("csr", b) for b in (1, 17, 33, 65)], batch_units("dense", 65)
+    ([16, 32, 64, 80], 65)
     """
-    return -(-batch // 16) * 16 if format == "csr" else batch
+    if format != "csr":
+        return batch
+    whole, left = divmod(batch, 64)
+    tail = 64 if left > 32 else -(-left // 16) * 16
+    return 64 * whole + tail
 
 
 def predict(table: DispatchTable, format: str, n: int, k: int, nnz: int, batch: int) -> float:

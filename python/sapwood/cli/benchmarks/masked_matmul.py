@@ -225,6 +225,9 @@ def _training_step(p: Problem, provider: str) -> Call:
 def _pack(p: Problem, provider: str) -> Call:
     weight, mask, product = p.weight, p.mask, p.product
     if provider == "torch_csr":
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            product.to_sparse_csr()  # torch warns at the first one only
         return lambda: product.to_sparse_csr()
     return lambda: sapwood.ops.pack_sparse(weight, mask, format=provider)
 
