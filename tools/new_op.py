@@ -2,9 +2,9 @@
 
     python tools/new_op.py FAMILY OP
 
-The op scales a tensor; it has every part that an op of this project has: kernels for CPU and CUDA, a
-reference, derivatives, the test battery, a benchmark and a page. The files that list all families get
-their line. Nothing that exists is overwritten. docs/howto/add_an_op.md goes on from here.
+The op scales a tensor and has every part that an op of this project has: kernels for CPU and CUDA,
+a reference, derivatives, the test battery, a benchmark, a page. The files that list all families
+get their line; nothing that exists is overwritten. docs/howto/add_an_op.md goes on from here.
 """
 
 from __future__ import annotations
