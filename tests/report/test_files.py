@@ -63,8 +63,13 @@ def test_staged_files_appear_together(tmp_path: Path) -> None:
 
 def test_staged_files_vanish_on_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(KeyboardInterrupt), staged(tmp_path) as stage:
-        (stage / "a.txt").write_text("new")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with staged(tmp_path) as stage:
+            (stage / "a.txt").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"

@@ -153,10 +153,10 @@ def convert(
     source: Annotated[Source, typer.Option("--from", help="Which tool wrote the checkpoint.")],
 ) -> None:
     """Split a checkpoint that holds masks into plain weights and a mask file beside them."""
-    from sapwood.pruning import MaskSet, from_torchao
+    from sapwood.pruning import from_torch_prune, from_torchao
 
     tensors, metadata = _load_checkpoint(checkpoint)
-    read = MaskSet.from_torch_prune if source is Source.torch_prune else from_torchao
+    read = from_torch_prune if source is Source.torch_prune else from_torchao
     with _reported():
         masks, plain = read(tensors)
     if not masks:
@@ -215,7 +215,7 @@ def _reported() -> Iterator[None]:
 
 
 def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
+    return str(tuple(tensor.shape))
 
 
 def _percent(kept: int, total: int) -> str:

@@ -24,7 +24,7 @@ def tour(
         "sapwood-tour"
     ),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Smaller network, under a minute.")
+        bool, typer.Option("--quick", help="Smaller network: under a minute.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of weights and order of the data.", min=0)] = 0,
     threads: Annotated[

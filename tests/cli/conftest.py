@@ -1,0 +1,41 @@
+"""Runs commands inside the test process, as a terminal of 80 columns would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from sapwood.cli import build_app
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    for name in ("FORCE_COLOR", "SAPWOOD_CPU_CAPABILITY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(name="invoke")
+def command_line() -> Invoke:
+    """``invoke("mask", "inspect", path)`` -> the result, whose lines fit into 80 columns."""
+    app = build_app()
+
+    def invoke(*arguments: str | Path) -> Result:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+@pytest.fixture(name="narrow")
+def narrow_lines() -> Callable[[str], bool]:
+    """Whether every line fits into 80 columns."""
+    return lambda text: all(len(line) <= 80 for line in text.splitlines())
