@@ -157,13 +157,25 @@ def test_masked_matmul_of_the_transposes_is_the_gradient_of_x() -> None:
 
 
 def test_masked_matmul_rows_beyond_32_bits() -> None:
-    weight = torch.empty(FAR + 4, dtype=torch.float16).as_strided((2, 4), (FAR, 1))
-    weight[0], weight[1] = 1.0, 2.0
-    mask = torch.empty(FAR + 4, dtype=torch.uint8).as_strided((2, 4), (FAR, 1))
-    mask[0], mask[1] = 1, torch.tensor([1, 0, 1, 0], dtype=torch.uint8)
-    x = weight.clone()  # (2, 4) of ones and twos
-    assert kernels.masked_matmul(x, weight, mask, None).tolist() == [[4.0, 4.0], [8.0, 8.0]]
-    assert kernels.masked_matmul(weight, x, mask != 0, None).tolist() == [[4.0, 4.0], [8.0, 8.0]]
+    # Each stride fits in 32 bits, the last row's offset does not.
+    weight = torch.empty(FAR + 4, dtype=torch.float16).as_strided((3, 4), (FAR // 2, 1))
+    mask = torch.empty(FAR + 4, dtype=torch.uint8).as_strided((3, 4), (FAR // 2, 1))
+    weight[:] = torch.tensor([[1], [2], [3]])
+    mask[:] = torch.tensor([1, 0, 1, 0])
+    x, dense_mask = weight.clone(), mask.clone()
+    expected = [[2.0, 4, 6], [4, 8, 12], [6, 12, 18]]
+    assert kernels.masked_matmul(x, weight, dense_mask, None).tolist() == expected
+    assert kernels.masked_matmul(x, x, mask, None).tolist() == expected
+    assert kernels.masked_matmul(weight, x, dense_mask, None).tolist() == expected
+
+
+def test_sampled_matmul_batch_beyond_32_bits() -> None:
+    grad = torch.empty(FAR + 2, dtype=torch.float16).as_strided((3, 2), (FAR // 2, 1))
+    grad[:] = torch.tensor([[1], [2], [4]])
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    x = torch.ones(3, 1, dtype=torch.float16)
+    result = kernels.sampled_matmul(grad, x, columns_of(mask), row_pointers(mask))
+    assert result.tolist() == [7.0, 7.0]
 
 
 @by_dtype
