@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -26,6 +25,10 @@
 #include <thread>
 #include <type_traits>
 #include <vector>
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -64,6 +67,37 @@ inline constexpr uint64_t kAbsent = ~uint64_t{0};   // exchange slot of a thread
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
+// std::barrier, but a waiting thread sleeps at once. The standard one yields a few times first, and
+// a yield hands a whole time slice to any busy process of the machine.
+class Barrier {
+ public:
+  explicit Barrier(unsigned threads) : expected_(threads), remaining_(threads) {}
+
+  void arrive_and_wait() {
+    const uint32_t phase = phase_.load();
+    if (remaining_.fetch_sub(1) == 1) return complete();
+    while (phase_.load() == phase) {
+      syscall(SYS_futex, &phase_, FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0);
+    }
+  }
+
+  void arrive_and_drop() {
+    expected_.fetch_sub(1);
+    if (remaining_.fetch_sub(1) == 1) complete();
+  }
+
+ private:
+  void complete() {
+    remaining_.store(expected_.load());
+    phase_.fetch_add(1);
+    syscall(SYS_futex, &phase_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+  }
+
+  static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t));
+  std::atomic<uint32_t> phase_ = 0;
+  std::atomic<unsigned> expected_, remaining_;
+};
+
 // State of the block that runs now.
 struct Block {
   struct alignas(kLine) Line {
@@ -71,8 +105,8 @@ struct Block {
   };
   std::vector<Line> arena;
   size_t dynamic_bytes = 0;
-  std::unique_ptr<std::barrier<>> all;                // __syncthreads
-  std::vector<std::unique_ptr<std::barrier<>>> warp;  // __syncwarp and shuffles
+  std::unique_ptr<Barrier> all;                // __syncthreads
+  std::vector<std::unique_ptr<Barrier>> warp;  // __syncwarp and shuffles
   std::vector<uint64_t> slot;                         // one exchange slot per thread
 
   unsigned char* base() { return arena.front().bytes; }
@@ -82,10 +116,10 @@ struct Block {
     ASAN_UNPOISON_MEMORY_REGION(base(), capacity());
     std::memset(base(), 0xFF, capacity());
     ASAN_POISON_MEMORY_REGION(base(), capacity());
-    all = std::make_unique<std::barrier<>>(threads);
+    all = std::make_unique<Barrier>(threads);
     warp.clear();
     for (unsigned first = 0; first < threads; first += kWarpSize) {
-      warp.push_back(std::make_unique<std::barrier<>>(std::min(kWarpSize, threads - first)));
+      warp.push_back(std::make_unique<Barrier>(std::min(kWarpSize, threads - first)));
     }
     slot.assign(threads, kAbsent);
   }
@@ -249,7 +283,7 @@ class Team {
   unsigned threads_;
   std::function<void()> body_;
   std::vector<uint64_t> order_;
-  std::barrier<> sync_;
+  Barrier sync_;
   Block state_;
   std::mutex mutex_;
   std::exception_ptr error_;
