@@ -1,0 +1,108 @@
+"""One declaration makes an op complete: fake, autograd, vmap, torch.func, fallback device.
+
+``register_autograd`` alone leaves ``torch.func.grad``, ``jacrev`` and ``vmap(grad)`` raising
+("must override the setup_context staticmethod"). Under a functorch transform the op therefore goes
+through an ``autograd.Function`` that shares the same ``setup`` and ``backward``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sapwood import _load
+
+_load.require_ops()
+
+#: A vmap rule: (call, info, in_dims, *args) -> (outputs, out_dims). ``call`` is the op itself, one
+#: transform level further down, so that a rule composes with grad and nested vmap.
+VmapRule = Callable[..., tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What define_op needs to know about one op of ``csrc/schema.cpp``."""
+
+    name: str  # as in the schema, without the namespace
+    family: str  # folder, file and docs page that hold it
+    fake: Callable[..., Any]  # exact shape, dtype, device and strides
+    reference: Callable[..., Any]  # the same maths in plain torch: oracle, and kernel elsewhere
+    vmap: VmapRule
+    setup: Callable[..., None] | None = None  # (ctx, inputs, output): save only what is needed
+    backward: Callable[..., Any] | None = None  # differentiable; honours ctx.needs_input_grad
+
+
+_declared: dict[str, OpSpec] = {}
+_callables: dict[str, Callable[..., Any]] = {}
+
+
+def declared() -> dict[str, OpSpec]:
+    """Every op that was declared, by name."""
+    return dict(_declared)
+
+
+def callable_for(name: str) -> Callable[..., Any]:
+    """The function :func:`define_op` returned for this op."""
+    return _callables[name]
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform (grad, vmap, jacrev, ...) is running."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def define_op(spec: OpSpec) -> Callable[..., Any]:
+    """Registers everything ``spec`` declares and returns the function to call."""
+    name = f"sapwood::{spec.name}"
+    op = getattr(torch.ops.sapwood, spec.name).default
+    torch.library.register_fake(name, spec.fake)
+    torch.library.register_kernel(name, None, spec.reference)
+    torch.library.register_vmap(
+        name, lambda info, in_dims, *args: spec.vmap(op, info, in_dims, *args)
+    )
+    _declared[spec.name] = spec
+    _callables[spec.name] = op
+    if spec.backward is None:
+        return op  # type: ignore[no-any-return]
+    torch.library.register_autograd(name, spec.backward, setup_context=spec.setup)
+    setup, backward = spec.setup, spec.backward
+
+    class UnderTransforms(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if setup is not None:
+                setup(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+            return spec.vmap(UnderTransforms.apply, info, in_dims, *args)
+
+    def call(*args: Any) -> Any:
+        return UnderTransforms.apply(*args) if transforms_active() else op(*args)
+
+    _callables[spec.name] = call
+    return call
+
+
+def loop_over_batch(call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    """The vmap rule of last resort: one call per batch element, results stacked in front."""
+    results = [
+        call(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], tuple):
+        return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(
+            results[0]
+        )
+    return torch.stack(results), 0

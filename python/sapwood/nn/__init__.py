@@ -1,0 +1,13 @@
+"""Modules over the ops."""
+
+from sapwood.nn.convert import LayerReport, to_dense, to_sparse
+from sapwood.nn.masked_matmul import MaskedConv2d, MaskedLinear, SparseLinear
+
+__all__ = [
+    "LayerReport",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "SparseLinear",
+    "to_dense",
+    "to_sparse",
+]

@@ -1,0 +1,232 @@
+"""Products with a packed weight: the fastest format for each batch size, or dense torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sapwood import _backend, _check
+from sapwood.ops import _dispatch
+from sapwood.ops.masked_matmul import _packed_specs as specs
+from sapwood.ops.masked_matmul._packed_weight import FORMATS, PackedWeight, supported
+from sapwood.ops.masked_matmul._training import as_flat, autocast
+from sapwood.reference import masked_matmul as reference
+
+_NAME = "packed_linear"
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+_check_finite = os.environ.get("SAPWOOD_CHECK_FINITE", "0") == "1"
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What :func:`packed_linear` runs for one batch size."""
+
+    format: str
+    batch: int
+    predicted: dict[str, float]  # seconds, by format
+    reasons: dict[str, str]  # why each other format is not taken
+
+    def __str__(self) -> str:
+        lines = [f"sapwood.packed_linear, batch {self.batch}:"]
+        for name in FORMATS:
+            time = self.predicted.get(name)
+            shown = f"{time * 1e6:10.1f} us" if time is not None else " " * 13
+            lines.append(f"  {name:<7}{shown}  {self.reasons.get(name, 'will run')}")
+        return "\n".join(lines)
+
+
+def explain(packed: PackedWeight, batch: int) -> Decision:
+    """Which format runs for a batch size, the predicted times, and why the others do not.
+
+    Example::
+
+        print(sapwood.ops.explain(packed, batch=64))
+
+    Args:
+        packed: a weight from :func:`pack_sparse`.
+        batch: number of input rows, the product of all leading dimensions.
+    """
+    table = _dispatch.table_for(packed.device.type, packed.dtype)
+    _, predicted = _dispatch.choose(table, *packed.shape, packed.nnz, batch, FORMATS)
+    chosen = _format_for(packed, batch)
+    reasons = {}
+    for name in FORMATS:
+        if name == chosen:
+            continue
+        if not supported(name, packed.dtype, packed.device.type):
+            reasons[name] = f"has no fast kernel for {packed.dtype} on {packed.device.type}"
+        elif name not in packed.formats:
+            reasons[name] = "not held by this packed weight"
+        elif name in predicted and chosen in predicted:
+            reasons[name] = f"predicted {predicted[name] / predicted[chosen]:.2f}x the time"
+        else:
+            reasons[name] = "not for this batch size"
+    return Decision(chosen, batch, predicted, reasons)
+
+
+def _format_for(packed: PackedWeight, batch: int) -> str:
+    """The held format that the dispatch table predicts to be fastest."""
+    held = packed.formats
+    if len(held) == 1:
+        return held[0]
+    if not set(held) & {"dense", "csr"} and batch > _dispatch.SMALL_BATCH:
+        return held[0]  # packed for small batches only: right, but not fast
+    table = _dispatch.table_for(packed.device.type, packed.dtype, may_calibrate=False)
+    return _dispatch.choose(table, *packed.shape, packed.nnz, batch, held)[0]
+
+
+def _decide(packed: PackedWeight, batch: int) -> str:
+    key = (_dispatch.batch_bucket(batch), torch.get_num_threads())
+    chosen = packed._derived.get(key)
+    if chosen is None:
+        chosen = packed._derived[key] = _format_for(packed, batch)
+    return chosen  # type: ignore[return-value]
+
+
+def _run(fmt: str, x: Tensor, packed: PackedWeight, bias: Tensor | None, act: str) -> Tensor:
+    n, k = packed.shape
+    if fmt == "dense":
+        weight = packed.layouts["dense"]["weight"]
+        y = F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), bias)
+        return y if act == "none" else reference.ACTIVATIONS[act](y)
+    layout = tuple(packed.layouts[fmt].values())
+    if fmt == "csr":
+        return specs.packed_linear_csr(x, *layout, bias, k, act, None, None, None, None)  # type: ignore[no-any-return]
+    if fmt == "bitmap":
+        return specs.packed_linear_bitmap(x, *layout, bias, k, act)  # type: ignore[no-any-return]
+    return specs.packed_linear_sell(x, *layout, bias, n, k, act)  # type: ignore[no-any-return]
+
+
+def _differentiable(x: Tensor, packed: PackedWeight, bias: Tensor | None, act: str) -> Tensor:
+    csr, t = packed.csr, packed.transposed
+    y = specs.packed_linear_csr(
+        *(x, csr["values"], csr["cols"], csr["row_ptr"], csr["row_order"], bias),
+        *(packed.shape[1], "none", t["cols_t"], t["row_ptr_t"], t["row_order_t"], t["perm"]),
+    )
+    return reference.ACTIVATIONS[act](y)
+
+
+def _checked(x: Tensor, packed: PackedWeight, bias: Tensor | None, activation: str) -> None:
+    if not isinstance(packed, PackedWeight):
+        _check.fail(TypeError, _NAME, "packed", "be a PackedWeight", type(packed).__name__)
+    _check.last_dim(_NAME, "input", x, packed.shape[1], "the packed weight's columns")
+    if x.dtype != packed.dtype and not (x.dtype == torch.float32 and packed.dtype in _HALVES):
+        _check.dtype(_NAME, "input", x, (packed.dtype,))
+    if bias is not None:
+        _check.tensor(_NAME, "bias", bias)
+        _check.shape(_NAME, "bias", bias, packed.shape[:1])
+        _check.same_dtype(_NAME, "bias", bias, "input", x)
+    _check.one_of(_NAME, "activation", activation, ACTIVATIONS)
+    if x.device != packed.device or (bias is not None and bias.device != x.device):
+        _check.same_device(_NAME, input=x, packed=packed._any, bias=bias)
+    if (_check_finite or _check.values_are_checked()) and not x.isfinite().all():
+        count = int((~x.isfinite()).sum())
+        _check.fail(ValueError, _NAME, "input", "be finite", f"{count} inf or NaN")
+
+
+def _explain(
+    input: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, activation: str = "none"
+) -> _backend.Explanation:
+    batch = as_flat(input, packed.shape[1]).shape[0]
+    decision = explain(packed, batch)
+    order = sorted(FORMATS, key=lambda f: f != decision.format)
+    return _backend.Explanation(
+        _NAME, tuple(_backend.Candidate(f, decision.reasons.get(f)) for f in order)
+    )
+
+
+@_backend.explainable(_explain)
+def packed_linear(
+    input: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, activation: str = "none"
+) -> Tensor:
+    """Linear layer with a packed weight, and optionally a fused activation.
+
+    Example::
+
+        packed = sapwood.ops.pack_sparse(weight)               # (N, K), mostly zeros
+        y = sapwood.ops.packed_linear(x, packed, activation="relu")
+
+    Equals ``activation(F.linear(input, unpack(packed), bias))`` for finite input. An absent entry
+    is absent: where dense torch computes ``0 * inf = NaN``, the packed formats do not, and the
+    dispatch may pick either, so non-finite input is outside the contract
+    (``sapwood.check_values()`` or ``SAPWOOD_CHECK_FINITE=1`` raises on it). Differentiable in
+    ``input``, ``bias`` and the values of ``packed.with_values(...)``; gradients use the csr format.
+    Each format is bitwise deterministic and independent of the number of threads.
+
+    Args:
+        input: (*, K) in the dtype of ``packed``, or float32 with bfloat16/float16 values.
+        packed: from :func:`pack_sparse`, N x K.
+        bias: (N,) in the dtype of ``input``, or None.
+        activation: "none", "relu", "gelu", "gelu_tanh" or "silu".
+
+    Returns:
+        (*, N) in the dtype of ``input``.
+
+    Raises:
+        ValueError: for shapes that do not match, or an unknown activation.
+        TypeError: for wrong dtypes.
+        RuntimeError: for tensors on different devices.
+    """
+    _check.tensor(_NAME, "input", input)
+    x, b = input, bias
+    if torch.is_autocast_enabled(input.device.type):
+        x, b = autocast(input, bias)  # type: ignore[assignment]
+        packed = packed if packed.dtype == x.dtype else packed.to(x.dtype)
+    _checked(x, packed, b, activation)
+    flat = as_flat(x, packed.shape[1])
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad
+        or packed._any.requires_grad
+        or (b is not None and b.requires_grad)
+    )
+    if needs_grad:
+        y = _differentiable(flat, packed, b, activation)
+    else:
+        fmt = _decide(packed, flat.shape[0])
+        y = _run(fmt, flat, packed, b, activation)
+        _backend.log(_NAME, fmt, flat)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], packed.shape[0])
+
+
+def sampled_matmul(grad_output: Tensor, input: Tensor, packed: PackedWeight) -> Tensor:
+    """The weight gradient at the kept positions only: ``(grad_output.T @ input)[mask]``.
+
+    Example::
+
+        dvalues = sapwood.ops.sampled_matmul(dy, x, packed)    # (nnz,)
+
+    Args:
+        grad_output: (*, N).
+        input: (*, K), same leading dimensions and dtype.
+        packed: the weight whose structure samples the product, N x K.
+
+    Returns:
+        (nnz,) in row-major order, dtype of ``input``.
+
+    Raises:
+        ValueError: for shapes that do not match.
+        TypeError: for different dtypes.
+        RuntimeError: for tensors on different devices.
+    """
+    op = "sampled_matmul"
+    _check.tensor(op, "grad_output", grad_output)
+    _check.tensor(op, "input", input)
+    _check.last_dim(op, "grad_output", grad_output, packed.shape[0], "the packed weight's rows")
+    _check.last_dim(op, "input", input, packed.shape[1], "the packed weight's columns")
+    _check.shape(op, "grad_output", grad_output, (*input.shape[:-1], packed.shape[0]))
+    _check.floating(op, "input", input)
+    _check.same_dtype(op, "grad_output", grad_output, "input", input)
+    _check.same_device(op, grad_output=grad_output, input=input, packed=packed._any)
+    csr: Any = packed.csr
+    return specs.sampled_matmul(  # type: ignore[no-any-return]
+        as_flat(grad_output, packed.shape[0]),
+        as_flat(input, packed.shape[1]),
+        csr["cols"],
+        csr["row_ptr"],
+    )

@@ -1,0 +1,134 @@
+"""The op that stands in for F.linear while masks and weights change."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sapwood import _backend, _check
+from sapwood.ops.masked_matmul import _specs
+from sapwood.reference import masked_matmul as reference
+
+_NAME = "masked_matmul"
+_GRADS = ("masked", "dense")
+
+
+def _native_why_not(x: Tensor, *_: Any) -> str | None:
+    if _backend.has_kernel(_NAME, x.device.type):
+        return None
+    return f"this build has no {x.device.type} kernel"
+
+
+_BACKENDS = (
+    _backend.Backend("native", _native_why_not, _specs.masked_matmul),
+    _backend.Backend("reference", lambda *_: None, reference.masked_matmul),
+)
+
+
+def as_flat(x: Tensor, features: int) -> Tensor:
+    """(*, K) -> (B, K); spelled out because -1 is ambiguous when K is 0."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), features)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts floating arguments as autocast would for F.linear."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def _checked(
+    input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, weight_grad: str
+) -> None:
+    _check.dims(_NAME, "weight", weight, 2)
+    _check.last_dim(_NAME, "input", input, weight.shape[1], "weight's columns")
+    _check.shape(_NAME, "mask", mask, weight.shape, "weight")
+    _check.floating(_NAME, "weight", weight)
+    _check.same_dtype(_NAME, "input", input, "weight", weight)
+    if not mask.is_floating_point() or not torch.is_autocast_enabled(mask.device.type):
+        _check.dtype(_NAME, "mask", mask, (torch.bool, torch.uint8, weight.dtype))
+    if bias is not None:
+        _check.shape(_NAME, "bias", bias, weight.shape[:1])
+        _check.same_dtype(_NAME, "bias", bias, "weight", weight)
+    _check.one_of(_NAME, "weight_grad", weight_grad, _GRADS)
+    _check.same_device(_NAME, input=input, weight=weight, mask=mask, bias=bias)
+
+
+def _explain(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_grad: str = "masked",
+) -> _backend.Explanation:
+    if mask.is_floating_point():
+        lines = (
+            _backend.Candidate("dense", None),
+            _backend.Candidate("native", "a floating (soft) mask is a product of two tensors"),
+        )
+        return _backend.Explanation(_NAME, lines)
+    return _backend.Explanation(_NAME, _backend.candidates(_BACKENDS, input, weight, mask))
+
+
+@_backend.explainable(_explain)
+def masked_matmul(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_grad: str = "masked",
+) -> Tensor:
+    """Linear layer with a masked weight: ``input @ (weight o mask).T + bias``.
+
+    Example::
+
+        x, w = torch.randn(32, 64), torch.randn(128, 64, requires_grad=True)
+        y = sapwood.ops.masked_matmul(x, w, torch.rand(128, 64) > 0.9)   # (32, 128)
+
+    Stands in for ``F.linear(input, weight * mask, bias)`` in training: no product is kept for the
+    backward pass, and entries that are masked out get an exactly zero gradient. With a bool or
+    uint8 mask a NaN or inf in a masked-out weight does not leak. The product itself is dense
+    (predictable in speed); for a mask that stays, :func:`pack_sparse` is the faster way.
+
+    Args:
+        input: (*, K) floating point; leading dimensions are batch.
+        weight: (N, K), dtype of ``input``.
+        mask: (N, K) bool or uint8 (non-zero keeps), or the dtype of ``weight``: then a soft mask,
+            multiplied, with gradients to both. Never broadcast.
+        bias: (N,) or None.
+        weight_grad: "masked" (zero where masked out) or "dense" (the full dY^T X, as RigL's growth
+            and straight-through training need it).
+
+    Returns:
+        (*, N), dtype of ``input``; under autocast the autocast dtype, as ``F.linear``.
+
+    Raises:
+        ValueError: for shapes that do not match or an unknown ``weight_grad``.
+        TypeError: for non-tensors and dtypes other than the above.
+        RuntimeError: for tensors on different devices.
+    """
+    for name, value in (("input", input), ("weight", weight), ("mask", mask), ("bias", bias)):
+        if name != "bias" or value is not None:
+            _check.tensor(_NAME, name, value)
+    x, w, b = autocast(input, weight, bias)
+    assert x is not None and w is not None
+    _checked(x, w, mask, b, weight_grad)
+    if mask.is_floating_point():
+        return F.linear(x, w * mask.to(w.dtype), b)
+    if mask.dtype == torch.uint8:
+        mask = mask != 0
+    flat = as_flat(x, w.shape[1])
+    chosen = _backend.choose(_NAME, _BACKENDS, flat, w, mask)
+    y: Tensor = chosen.run(flat, w, mask, b, weight_grad == "dense")
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w.shape[0])

@@ -1,0 +1,56 @@
+"""Options and fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data", type=Path, default=None, help="folder of real data sets")
+    parser.addoption(
+        "--emulation-library", type=Path, default=None, help="the built _ops_emu.so"
+    )
+
+
+@pytest.fixture(scope="session")
+def shared_data(request: pytest.FixtureRequest) -> Path:
+    """The folder of real data, or a skip where a user's machine has none."""
+    folder: Path | None = request.config.getoption("--data")
+    if folder is None or not folder.is_dir():
+        pytest.skip("real data is absent: give its folder with --data DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def emulation_library(request: pytest.FixtureRequest) -> Path:
+    """The CUDA kernels compiled for the host."""
+    given: Path | None = request.config.getoption("--emulation-library")
+    found = [given] if given else sorted((ROOT / "build" / "emu").rglob("_ops_emu*.so"))
+    if not found or not found[0].is_file():
+        pytest.fail("the emulation library is missing: build it with 'make emulation'")
+    return found[0]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the thread count that a test changes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _needs_gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
