@@ -20,7 +20,7 @@ from sapwood.ops._cost_model import LARGEST_BATCH, DispatchTable, Key, Surface, 
 SIDES = (256, 1024, 2048)
 
 #: Measured batches; beyond the last one the cost per column no longer changes.
-BATCHES = (1, 2, 8, 16, 64, 256)
+BATCHES = (1, 2, 4, 8, 16, 64, 256)
 
 #: Measured densities, spread over the range in which the format can win.
 DENSITIES = {
