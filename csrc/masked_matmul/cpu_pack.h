@@ -99,20 +99,21 @@ inline std::tuple<Tensor, Tensor, Tensor> pack_bitmap(const Tensor& weight, cons
   return {rows.values, words, rows.row_ptr};
 }
 
+// Schedules every slice. With null outputs counts[s] receives the steps of slice s; otherwise the
+// steps are written from slice_ptr[s] on.
 template <class Bits, class Index>
-void fill_slices(const Rows& rows, int64_t n, const int64_t* slice_ptr, Bits* values,
-                 uint8_t* index, int32_t* window, int64_t* counts) {
-  const int64_t slices = (n + kSliceRows - 1) / kSliceRows;
+void schedule_slices(const Rows& rows, int64_t n, const int64_t* slice_ptr, Bits* values,
+                     uint8_t* index, int32_t* window, int64_t* counts) {
   const int64_t* ends = data<int64_t>(rows.row_ptr);
-  parallel_range(slices, 1, [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s) {
-      const int64_t row = s * kSliceRows, at = slice_ptr != nullptr ? slice_ptr[s] : 0;
-      const int64_t steps = schedule_slice(
-          data<Bits>(rows.values), data<Index>(rows.cols), ends + row,
-          std::min(kSliceRows, n - row), values + at * kSliceRows, index + at * kSliceRows,
-          window == nullptr ? nullptr : window + at);
-      if (counts != nullptr) counts[s] = steps;
-    }
+  const Bits* row_values = data<Bits>(rows.values);
+  const Index* cols = data<Index>(rows.cols);
+  parallel_chunks(n, kSliceRows, [&](int64_t slice, int64_t row, int64_t last) {
+    const int64_t at = window != nullptr ? slice_ptr[slice] : 0;
+    int64_t steps = 0;
+    SAPWOOD_ISA_CALL(schedule_slice(row_values, cols, ends + row, last - row,
+                                    values + at * kSliceRows, index + at * kSliceRows,
+                                    window == nullptr ? nullptr : window + at, &steps));
+    if (counts != nullptr) counts[slice] = steps;
   });
 }
 
@@ -129,13 +130,13 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> pack_sell(const Tensor& weight
     using Bits = decltype(bits);
     with_index("pack_sell", rows.cols.scalar_type(), [&](auto column) {
       using Index = decltype(column);
-      fill_slices<Bits, Index>(rows, source.n, nullptr, nullptr, nullptr, nullptr, ends + 1);
+      schedule_slices<Bits, Index>(rows, source.n, nullptr, nullptr, nullptr, nullptr, ends + 1);
       counts_to_ends(ends, slices);
       const int64_t steps = ends[slices];
       values = torch::stable::new_empty(source.weight, {steps, kSliceRows});
       index = torch::stable::new_empty(source.weight, {steps, kSliceRows}, ScalarType::Byte);
       window = torch::stable::new_empty(source.weight, {steps}, ScalarType::Int);
-      fill_slices<Bits, Index>(rows, source.n, ends, mutable_data<Bits>(values),
+      schedule_slices<Bits, Index>(rows, source.n, ends, mutable_data<Bits>(values),
                                mutable_data<uint8_t>(index), mutable_data<int32_t>(window),
                                nullptr);
     });

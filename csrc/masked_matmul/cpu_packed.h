@@ -219,7 +219,7 @@ inline Tensor packed_linear_bitmap(const Tensor& x, const Tensor& values, const 
     const Panels<T> panels(call.x, k);
     for_each_chunk(panels, w.row_ptr, n, call.output<T>(),
                    [&](int64_t first, int64_t rows, const auto& panel, T* sums) {
-                     const Scratch<int32_t> cols(k);
+                     const Scratch<int32_t> cols(k + kWordBits);
                      const Scratch<T> scratch(std::is_same_v<T, Value> ? 0 : k);
                      SAPWOOD_ISA_CALL(bitmap_chunk_of(w, first, rows, panel.data, panel.width, sums,
                                                       cols.get(), scratch.get()));

@@ -67,3 +67,5 @@ inline int64_t panel_width(int64_t left, int64_t k, int64_t element_bytes) {
 #include "common/foreach_isa.h"
 #define SAPWOOD_KERNEL_FILE "masked_matmul/kernel_sampled.inl"
 #include "common/foreach_isa.h"
+#define SAPWOOD_KERNEL_FILE "masked_matmul/kernel_pack.inl"
+#include "common/foreach_isa.h"

@@ -13,6 +13,36 @@ SAPWOOD_TARGET SAPWOOD_INLINE __m512 expand(__mmask16 mask, const float* values)
   return result;
 }
 
+// `Words` words of R rows: one load of the bits and one popcount move a row's cursor, so that the
+// cursors' dependency is a quarter as long as the words.
+template <int Words, int R, int B>
+SAPWOOD_TARGET SAPWOOD_INLINE void expand_words(const float** values, const uint16_t* words,
+                                                int64_t words_per_row, const float* x,
+                                                int64_t stride, __m512 (&acc)[R][B]) {
+  uint64_t bits[R];
+  const float* from[R];
+  for (int r = 0; r < R; ++r) {
+    bits[r] = 0;
+    __builtin_memcpy(&bits[r], words + r * words_per_row, Words * sizeof(uint16_t));
+    from[r] = values[r];
+    values[r] += __builtin_popcountll(bits[r]);
+    __builtin_prefetch(from[r] + 64);
+    if constexpr (Words > 1) __builtin_prefetch(from[r] + 80);
+  }
+  for (int t = 0; t < Words; ++t) {
+    __m512 activations[B];
+    for (int b = 0; b < B; ++b) activations[b] = _mm512_loadu_ps(x + b * stride + t * kWordBits);
+    for (int r = 0; r < R; ++r) {
+      const __mmask16 mask = words[r * words_per_row + t];
+      const uint64_t before = bits[r] & ((uint64_t{1} << (t * kWordBits)) - 1);
+      const __m512 weights = expand(mask, from[r] + __builtin_popcountll(before));
+      for (int b = 0; b < B; ++b) {
+        acc[r][b] = _mm512_mask3_fmadd_ps(weights, activations[b], acc[r][b], mask);
+      }
+    }
+  }
+}
+
 // sums[b * R + r] for R rows against B activations x (B, stride); one chain per row and batch row,
 // words in ascending order, so that the result does not depend on R.
 template <int R, int B>
@@ -25,18 +55,12 @@ SAPWOOD_TARGET SAPWOOD_INLINE void expand_rows(const float* const* row_values,
     values[r] = row_values[r];
     for (int b = 0; b < B; ++b) acc[r][b] = _mm512_setzero_ps();
   }
-  for (int64_t j = 0; j < words_per_row; ++j) {
-    __m512 activations[B];
-    for (int b = 0; b < B; ++b) activations[b] = _mm512_loadu_ps(x + b * stride + j * kWordBits);
-    for (int r = 0; r < R; ++r) {
-      const uint16_t word = words[r * words_per_row + j];
-      const __m512 weights = expand(word, values[r]);
-      __builtin_prefetch(values[r] + 256);
-      values[r] += __builtin_popcount(word);
-      for (int b = 0; b < B; ++b) {
-        acc[r][b] = _mm512_mask3_fmadd_ps(weights, activations[b], acc[r][b], word);
-      }
-    }
+  int64_t j = 0;
+  for (; j + 4 <= words_per_row; j += 4) {
+    expand_words<4>(values, words + j, words_per_row, x + j * kWordBits, stride, acc);
+  }
+  for (; j < words_per_row; ++j) {
+    expand_words<1>(values, words + j, words_per_row, x + j * kWordBits, stride, acc);
   }
   for (int r = 0; r < R; ++r) {
     for (int b = 0; b < B; ++b) sums[b * R + r] = _mm512_reduce_add_ps(acc[r][b]);
@@ -81,17 +105,27 @@ SAPWOOD_TARGET void bitmap_rows(const Bitmap<Value>& w, int64_t first, int64_t r
 }
 #endif
 
-// The set columns of one row, ascending.
+// The set columns of one row, ascending. Whole groups of 16 are written, the cursor advances over
+// set ones: no branch depends on the mask. cols holds 16 entries more than the row has.
 SAPWOOD_TARGET inline void list_columns(const uint16_t* words, int64_t words_per_row,
                                         int32_t* cols) {
   for (int64_t j = 0; j < words_per_row; ++j) {
-    for (uint32_t bits = words[j]; bits != 0; bits &= bits - 1) {
-      *cols++ = static_cast<int32_t>(j * kWordBits) + __builtin_ctz(bits);
+    const int32_t first = static_cast<int32_t>(j * kWordBits);
+#if SAPWOOD_IS_AVX512
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i all = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+    _mm512_storeu_si512(cols, _mm512_maskz_compress_epi32(words[j], all));
+    cols += __builtin_popcount(words[j]);
+#else
+    for (int32_t c = 0; c < kWordBits; ++c) {
+      *cols = first + c;
+      cols += words[j] >> c & 1;
     }
+#endif
   }
 }
 
-// As csr_chunk; cols (K,) and scratch (K,).
+// As csr_chunk; cols (K + 16,) and scratch (K,).
 template <int P, class T, class Value>
 SAPWOOD_TARGET void bitmap_chunk(const Bitmap<Value>& w, int64_t first, int64_t rows,
                                  const T* panel, T* sums, int32_t* cols, T* scratch) {

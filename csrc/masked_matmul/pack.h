@@ -60,37 +60,6 @@ inline void pack_words(const uint8_t* mask, int64_t k, uint16_t* words) {
   }
 }
 
-// The greedy schedule of one slice of at most 64 rows. A step's window begins at the leftmost
-// column still waiting; every row whose next column is inside takes part. Within a row columns
-// ascend, so no order of steps could be shorter for the same windows. With null outputs the steps
-// are only counted. Returns the number of steps.
-template <class Bits, class Index>
-int64_t schedule_slice(const Bits* row_values, const Index* cols, const int64_t* row_ptr,
-                       int64_t rows, Bits* values, uint8_t* index, int32_t* window) {
-  constexpr int32_t done = INT32_MAX;
-  int32_t next[kSliceRows];
-  int64_t at[kSliceRows];
-  for (int64_t r = 0; r < kSliceRows; ++r) {
-    at[r] = r < rows ? row_ptr[r] : 0;
-    next[r] = r < rows && row_ptr[r] < row_ptr[r + 1] ? static_cast<int32_t>(cols[at[r]]) : done;
-  }
-  for (int64_t step = 0;; ++step) {
-    const int32_t base = *std::min_element(next, next + kSliceRows);
-    if (base == done) return step;
-    if (window != nullptr) window[step] = base;
-    for (int64_t r = 0; r < kSliceRows; ++r) {
-      const bool present = next[r] - base < kWindow;  // done - base is never that small
-      if (window != nullptr) {
-        values[step * kSliceRows + r] = present ? row_values[at[r]] : Bits{0};
-        index[step * kSliceRows + r] = present ? static_cast<uint8_t>(next[r] - base) : kAbsent;
-      }
-      if (!present) continue;
-      ++at[r];
-      next[r] = at[r] < row_ptr[r + 1] ? static_cast<int32_t>(cols[at[r]]) : done;
-    }
-  }
-}
-
 // Compressed columns of a compressed-rows structure: rows_t ascending inside each column, and perm
 // so that values_t = values[perm]. column_ptr (K + 1,); cursor (K,) is scratch.
 template <class Index, class IndexT>
