@@ -47,8 +47,8 @@ def why_not(
 
     >>> import torch
     >>> from sapwood.triton_kernels import why_not
-    >>> why_not("cuda", torch.float16, capability=(7, 5))  # doctest: +SKIP
-    'needs compute capability 8.0 or newer, this is 7.5'
+    >>> why_not("cpu", torch.float64) is None
+    False
 
     Args:
         device_type: ``tensor.device.type``.

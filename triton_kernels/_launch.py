@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 #: Whether kernels run in Triton's interpreter, on CPU tensors too; triton reads the flag at import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
@@ -37,14 +39,15 @@ def launch(
     args: tuple[Any, ...],
     **constants: Any,
 ) -> None:
-    """Launches ``kernel`` on the current stream with every compiler option stated.
+    """Launches ``kernel`` on the device of ``args[0]``, with every compiler option stated.
 
     The kernels write ``tl.fma`` where they mean it. torch's wrapper does not accept the fusion
     option; there the default, which differs between Triton versions, can change the last bit of
     an activation function and nothing else.
     """
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if wrap is None or INTERPRETED:  # wrap_triton refuses interpreted kernels
-        kernel[grid](*args, **constants, **config.tile, **options, enable_fp_fusion=False)
-    else:
-        wrap(kernel)[grid](*args, **constants, **config.tile, **options)
+    with torch.cuda.device(args[0].get_device()):  # triton takes the current one; -1 is a no-op
+        if wrap is None or INTERPRETED:  # wrap_triton refuses interpreted kernels
+            kernel[grid](*args, **constants, **config.tile, **options, enable_fp_fusion=False)
+        else:
+            wrap(kernel)[grid](*args, **constants, **config.tile, **options)

@@ -96,3 +96,11 @@ def test_cuda_graph() -> None:
         captured = kernels.packed_linear_bitmap(x, *bitmap, None, 1100, "relu")
     graph.replay()
     assert torch.equal(captured, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_second_device() -> None:
+    with torch.cuda.device(0):
+        check_packed_linear("cuda:1", (5, 70, 500), torch.float32)
+        check_masked_matmul("cuda:1", (5, 70, 500), torch.float32)
+        check_sampled_matmul("cuda:1", (5, 70, 500), torch.float32)
