@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+# No measurement decides what a test runs, and nothing is written to the user's cache.
+os.environ["SAPWOOD_DISPATCH"] = "builtin"
 
 ROOT = Path(__file__).resolve().parents[1]
 

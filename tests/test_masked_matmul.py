@@ -197,7 +197,7 @@ class TestPackedLinearBitmap(LinearBattery, TraceableBattery):
 
 class TestPackedLinearSell(LinearBattery, TraceableBattery):
     name = "packed_linear_sell"
-    vmappable = (0, 1, 6)
+    vmappable = (0, 1, 5)
     samples = with_activations(
         lambda p, act: (
             *(p["x"], *structure(p, "sell"), p["bias"]),

@@ -73,7 +73,11 @@ def test_any_shape(n: int, k: int, batch: int, sparsity: float, fmt: str, seed: 
     assert_product(x, packed, w.where(m, 0.0), torch.randn(n))
     expected = packed_linear(x, packed)
     for same in layouts_of(x).values():
-        assert torch.equal(packed_linear(same, packed), expected)
+        y = packed_linear(same, packed)
+        if fmt == "dense":  # the platform's GEMM sums in an order that follows alignment
+            torch.testing.assert_close(y, expected)
+        else:
+            assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("values", [torch.bfloat16, torch.float16], ids=str)
@@ -148,7 +152,7 @@ def test_formats_share_their_values(tmp_path: Path) -> None:
     both.layouts["bitmap"]["values"] = both.layouts["csr"]["values"]
     save_file(both.tensors(), tmp_path / "both.safetensors")
     loaded = PackedWeight.from_tensors(load_file(tmp_path / "both.safetensors"))
-    assert loaded.formats == ("csr", "bitmap")
+    assert set(loaded.formats) == {"csr", "bitmap"}
     assert torch.equal(unpack(loaded), w.where(m, 0.0))
 
 
@@ -169,9 +173,13 @@ def corruptions() -> list[tuple[str, str, Any]]:
         ("bitmap", "bitmap.words", lambda t: t[:, :-1]),
         ("bitmap", "bitmap.row_ptr", lambda t: t + 1),
         ("sell", "sell.index", lambda t: t + 32),
-        ("sell", "sell.lanes", lambda t: ~t),
-        ("sell", "sell.step_ptr", lambda t: t * 2),
-        ("sell", "sell.value_ptr", lambda t: t.flip(0)),
+        ("sell", "sell.index", lambda t: torch.zeros_like(t)),
+        ("sell", "sell.window", lambda t: t + 90),
+        ("sell", "sell.window", lambda t: t - 1),
+        ("sell", "sell.window", lambda t: torch.zeros_like(t)),
+        ("sell", "sell.values", lambda t: t + 1),
+        ("sell", "sell.slice_ptr", lambda t: t * 2),
+        ("sell", "sell.slice_ptr", lambda t: t.flip(0)),
         ("dense", "dense.weight", lambda t: t[:1]),
     ]
 

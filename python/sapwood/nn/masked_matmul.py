@@ -14,9 +14,9 @@ from sapwood import _check
 from sapwood.ops import masked_matmul as masked_matmul_op
 from sapwood.ops import pack_sparse, packed_linear, unpack
 from sapwood.ops.masked_matmul import PackedWeight
+from sapwood.ops.masked_matmul._packed_weight import TRANSPOSED
 
 _STRUCTURE = ("cols", "row_ptr", "row_order")
-_TRANSPOSED = ("cols_t", "row_ptr_t", "row_order_t", "perm")
 
 
 def _bool_mask(owner: str, mask: Tensor, weight: Tensor) -> Tensor:
@@ -149,6 +149,7 @@ class SparseLinear(nn.Module):
     cols: Tensor
     row_ptr: Tensor
     row_order: Tensor
+    perm: Tensor | None
 
     def __init__(
         self,
@@ -166,7 +167,7 @@ class SparseLinear(nn.Module):
         self.values = nn.Parameter(csr["values"].detach().clone())
         for name in _STRUCTURE:
             self.register_buffer(name, csr[name])
-        for name in _TRANSPOSED:  # built by the first backward pass, never saved
+        for name in TRANSPOSED:  # built when training begins, never saved
             self.register_buffer(name, None, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self._inference: tuple[tuple[int, int], PackedWeight] | None = None
@@ -198,7 +199,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return packed_linear(input, self._csr(transposed=True), self.bias)
+            return packed_linear(input, self._csr(), self.bias)
         return packed_linear(input, self.packed(), self.bias)
 
     def packed(self) -> PackedWeight:
@@ -212,15 +213,19 @@ class SparseLinear(nn.Module):
             self._inference = key, weight
         return self._inference[1]
 
-    def _csr(self, transposed: bool = False) -> PackedWeight:
+    def train(self, mode: bool = True) -> SparseLinear:
+        """Also builds the transposed structure, which the gradient of the input needs."""
+        if mode and self.perm is None:
+            for name, tensor in self._csr().transposed.items():
+                setattr(self, name, tensor)
+        return super().train(mode)
+
+    def _csr(self) -> PackedWeight:
         structure = {name: getattr(self, name) for name in _STRUCTURE}
         shape = (self.out_features, self.in_features)
         packed = PackedWeight(shape, {"csr": {"values": self.values, **structure}})
-        if transposed:
-            if self.perm is None:
-                for name, tensor in packed.transposed.items():
-                    setattr(self, name, tensor)
-            packed.__dict__["transposed"] = {name: getattr(self, name) for name in _TRANSPOSED}
+        if self.perm is not None:
+            packed._derived["transposed"] = {name: getattr(self, name) for name in TRANSPOSED}
         return packed
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
@@ -231,7 +236,7 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._inference = None
-        for name in _TRANSPOSED:
+        for name in TRANSPOSED:
             setattr(self, name, None)
 
     def extra_repr(self) -> str:

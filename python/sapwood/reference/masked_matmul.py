@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SLICE = 16  # rows of a SELL slice: the lanes of a 512-bit register
-SEGMENT = 32  # columns of a SELL segment: two registers of inputs
+SLICE = 64  # rows of a SELL slice
+REACH = 31  # columns a SELL step can address
+ABSENT = 31  # SELL index of a row that has no entry in a step
 CHUNK = 128  # rows that are ordered by length together
 
 ACTIVATIONS = {
@@ -155,72 +156,65 @@ def _row_order(lengths: Tensor) -> Tensor:
     return torch.argsort(key, stable=True).to(torch.int32)
 
 
-# SELL: slices of 16 rows x segments of 32 columns, walked in steps of one entry per row ------------
+# SELL: slices of 64 rows advance together, in steps that reach 31 columns ---------------------------
 
 
-def pack_sell(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, k = weight.shape
-    slices, segments = -(-n // SLICE), -(-k // SEGMENT)
-    padded = F.pad(mask, (0, segments * SEGMENT - k, 0, slices * SLICE - n))
-    tiles = padded.view(slices, SLICE, segments, SEGMENT).transpose(1, 2)  # (S, G, lane, column)
-    counts = tiles.sum(3)  # entries of each lane
-    steps = counts.amax(2) if counts.numel() else counts.new_zeros(slices, segments)
-    step_ptr = _row_ptr(steps.flatten())
-    slice_, segment, lane, column = tiles.nonzero(as_tuple=True)
-    rank = tiles.long().cumsum(3)[slice_, segment, lane, column] - 1  # step inside the segment
-    step = step_ptr[slice_ * segments + segment] + rank
-    order = torch.argsort(step * SLICE + lane)
-    values = weight[slice_ * SLICE + lane, segment * SEGMENT + column][order]
-    index = torch.zeros(int(step_ptr[-1]), SLICE, dtype=torch.uint8, device=mask.device)
-    index[step, lane] = column.to(torch.uint8)
-    present = torch.zeros(index.shape, dtype=torch.int64, device=mask.device)
-    present[step, lane] = 1 << lane
-    value_ptr = _row_ptr(counts.sum((1, 2)))
-    return values, index, present.sum(1).to(torch.int16), step_ptr, value_ptr
+def pack_sell(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Greedy schedule: a step begins at the leftmost column that waits in any row of the slice.
+
+    Every row whose next column lies within reach of the step takes part in it.
+    """
+    n, _ = weight.shape
+    values, index, window, ends = [], [], [], [0]
+    for first in range(0, n, SLICE):
+        waiting = [row.nonzero().flatten().tolist() for row in mask[first : first + SLICE]]
+        while any(waiting):
+            start = min(columns[0] for columns in waiting if columns)
+            entries, offsets = weight.new_zeros(SLICE), torch.full((SLICE,), ABSENT)
+            for lane, columns in enumerate(waiting):
+                if columns and columns[0] - start < REACH:
+                    entries[lane] = weight[first + lane, columns[0]]
+                    offsets[lane] = columns.pop(0) - start
+            values.append(entries)
+            index.append(offsets)
+            window.append(start)
+        ends.append(len(window))
+    device = weight.device
+    return (
+        torch.stack(values) if values else weight.new_empty(0, SLICE),
+        torch.stack(index).to(device, torch.uint8)
+        if index
+        else torch.empty(0, SLICE, dtype=torch.uint8, device=device),
+        torch.tensor(window, dtype=torch.int32, device=device),
+        torch.tensor(ends, device=device),
+    )
 
 
 def packed_linear_sell(
     x: Tensor,
-    values: Tensor,  # (nnz,) by (slice, segment, step, lane)
-    index: Tensor,  # (steps, 16) uint8, column inside the segment
-    lanes: Tensor,  # (steps,) int16, bit l: row l of the slice has an entry in this step
-    step_ptr: Tensor,  # (slices * segments + 1,)
-    value_ptr: Tensor,  # (slices + 1,)
+    values: Tensor,  # (steps, 64), 0 where absent
+    index: Tensor,  # (steps, 64) uint8, column minus the step's window; ABSENT without an entry
+    window: Tensor,  # (steps,) int32, first column of the step
+    slice_ptr: Tensor,  # (ceil(N / 64) + 1,) first step of each slice
     bias: Tensor | None,
     n: int,
     k: int,
     activation: str,
 ) -> Tensor:
-    dense = dense_from_sell(values, index, lanes, step_ptr, value_ptr, shape=(n, k))
+    dense = dense_from_sell(values, index, window, slice_ptr, shape=(n, k))
     return _linear(x, dense, bias, activation)
 
 
 def dense_from_sell(
-    values: Tensor,
-    index: Tensor,
-    lanes: Tensor,
-    step_ptr: Tensor,
-    value_ptr: Tensor,
-    *,
-    shape: tuple[int, int],
+    values: Tensor, index: Tensor, window: Tensor, slice_ptr: Tensor, *, shape: tuple[int, int]
 ) -> Tensor:  # (N, K)
-    rows, columns = sell_positions({"index": index, "lanes": lanes, "step_ptr": step_ptr}, shape[1])
-    return values.new_zeros(shape).index_put((rows, columns), values)
+    step, lane = (index != ABSENT).nonzero(as_tuple=True)
+    positions = sell_positions(index, window, slice_ptr)
+    return values.new_zeros(shape).index_put(positions, values[step, lane])
 
 
-def sell_positions(layout: dict[str, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the entries, in the order of the values."""
-    segments = -(-k // SEGMENT)
-    tile = row_indices(layout["step_ptr"], layout["lanes"].numel())
-    step, lane = lane_bits(layout["lanes"]).nonzero(as_tuple=True)
-    columns = tile[step] % segments * SEGMENT + layout["index"][step, lane].long()
-    return tile[step] // segments * SLICE + lane, columns
-
-
-def sell_slices(layout: dict[str, Tensor], k: int) -> Tensor:  # (steps,)
-    """The slice each step belongs to."""
-    return row_indices(layout["step_ptr"], layout["lanes"].numel()) // max(1, -(-k // SEGMENT))
-
-
-def lane_bits(lanes: Tensor) -> Tensor:  # (steps, 16) bool
-    return ((lanes.long()[:, None] >> torch.arange(SLICE, device=lanes.device)) & 1).bool()
+def sell_positions(index: Tensor, window: Tensor, slice_ptr: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the entries, in the order of the present slots."""
+    slices = row_indices(slice_ptr, len(window))
+    step, lane = (index != ABSENT).nonzero(as_tuple=True)
+    return slices[step] * SLICE + lane, window[step].long() + index[step, lane].long()

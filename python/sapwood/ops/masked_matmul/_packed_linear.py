@@ -13,7 +13,12 @@ from torch import Tensor
 from sapwood import _backend, _check
 from sapwood.ops import _dispatch
 from sapwood.ops.masked_matmul import _packed_specs as specs
-from sapwood.ops.masked_matmul._packed_weight import FORMATS, PackedWeight, supported
+from sapwood.ops.masked_matmul._packed_weight import (
+    FORMATS,
+    TRANSPOSED,
+    PackedWeight,
+    supported,
+)
 from sapwood.ops.masked_matmul._training import as_flat, autocast
 from sapwood.reference import masked_matmul as reference
 
@@ -54,7 +59,7 @@ def explain(packed: PackedWeight, batch: int) -> Decision:
     """
     table = _dispatch.table_for(packed.device.type, packed.dtype)
     _, predicted = _dispatch.choose(table, *packed.shape, packed.nnz, batch, FORMATS)
-    chosen = _format_for(packed, batch)
+    chosen = packed.plan()[_dispatch.batch_bucket(batch)]
     reasons = {}
     for name in FORMATS:
         if name == chosen:
@@ -68,25 +73,6 @@ def explain(packed: PackedWeight, batch: int) -> Decision:
         else:
             reasons[name] = "not for this batch size"
     return Decision(chosen, batch, predicted, reasons)
-
-
-def _format_for(packed: PackedWeight, batch: int) -> str:
-    """The held format that the dispatch table predicts to be fastest."""
-    held = packed.formats
-    if len(held) == 1:
-        return held[0]
-    if not set(held) & {"dense", "csr"} and batch > _dispatch.SMALL_BATCH:
-        return held[0]  # packed for small batches only: right, but not fast
-    table = _dispatch.table_for(packed.device.type, packed.dtype, may_calibrate=False)
-    return _dispatch.choose(table, *packed.shape, packed.nnz, batch, held)[0]
-
-
-def _decide(packed: PackedWeight, batch: int) -> str:
-    key = (_dispatch.batch_bucket(batch), torch.get_num_threads())
-    chosen = packed._derived.get(key)
-    if chosen is None:
-        chosen = packed._derived[key] = _format_for(packed, batch)
-    return chosen  # type: ignore[return-value]
 
 
 def _run(fmt: str, x: Tensor, packed: PackedWeight, bias: Tensor | None, act: str) -> Tensor:
@@ -104,10 +90,14 @@ def _run(fmt: str, x: Tensor, packed: PackedWeight, bias: Tensor | None, act: st
 
 
 def _differentiable(x: Tensor, packed: PackedWeight, bias: Tensor | None, act: str) -> Tensor:
-    csr, t = packed.csr, packed.transposed
+    csr = packed.csr
+    transposed = packed._derived.get("transposed")
+    if transposed is None and not torch.compiler.is_compiling():
+        transposed = packed.transposed
     y = specs.packed_linear_csr(
         *(x, csr["values"], csr["cols"], csr["row_ptr"], csr["row_order"], bias),
-        *(packed.shape[1], "none", t["cols_t"], t["row_ptr_t"], t["row_order_t"], t["perm"]),
+        *(packed.shape[1], "none"),
+        *((transposed[name] for name in TRANSPOSED) if transposed else [None] * 4),
     )
     return reference.ACTIVATIONS[act](y)
 
@@ -188,7 +178,7 @@ def packed_linear(
     if needs_grad:
         y = _differentiable(flat, packed, b, activation)
     else:
-        fmt = _decide(packed, flat.shape[0])
+        fmt = packed.plan()[_dispatch.batch_bucket(flat.shape[0])]
         y = _run(fmt, flat, packed, b, activation)
         _backend.log(_NAME, fmt, flat)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], packed.shape[0])

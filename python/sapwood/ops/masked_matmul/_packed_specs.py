@@ -54,14 +54,12 @@ def _fake_pack_bitmap(weight: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
 
 
 def _fake_pack_sell(weight: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    n, k = weight.shape
-    slices, segments = (n + 15) // 16, (k + 31) // 32
     steps: Any = torch.library.get_ctx().new_dynamic_size()
+    slices = (weight.shape[0] + reference.SLICE - 1) // reference.SLICE
     return (
-        weight.new_empty(_kept(mask)),
-        weight.new_empty(steps, 16, dtype=torch.uint8),
-        weight.new_empty(steps, dtype=torch.int16),
-        weight.new_empty(slices * segments + 1, dtype=torch.int64),
+        weight.new_empty(steps, reference.SLICE),
+        weight.new_empty(steps, reference.SLICE, dtype=torch.uint8),
+        weight.new_empty(steps, dtype=torch.int32),
         weight.new_empty(slices + 1, dtype=torch.int64),
     )
 
@@ -119,7 +117,7 @@ def _fake_csr(x: Tensor, values: Tensor, cols: Tensor, row_ptr: Tensor, *rest: A
 
 
 def _fake_sell(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], rest[6])
+    return x.new_empty(x.shape[0], rest[5])
 
 
 def _setup_csr(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -212,6 +210,6 @@ packed_linear_sell = define_op(
         FAMILY,
         fake=_fake_sell,
         reference=reference.packed_linear_sell,
-        vmap=_vmap_product(bias_at=6),
+        vmap=_vmap_product(bias_at=5),
     )
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ FIELDS = {
     "dense": ("weight",),
     "csr": ("values", "cols", "row_ptr", "row_order"),
     "bitmap": ("values", "words", "row_ptr"),
-    "sell": ("values", "index", "lanes", "step_ptr", "value_ptr"),
+    "sell": ("values", "index", "window", "slice_ptr"),
 }
+
+TRANSPOSED = ("cols_t", "row_ptr_t", "row_order_t", "perm")
+SMALL_BATCH = 8  # bitmap and sell are fast up to here
 
 Layout = dict[str, Tensor]
 
@@ -35,13 +38,19 @@ class PackedWeight:
 
     shape: tuple[int, int]
     layouts: Mapping[str, Layout]
-    _derived: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
+    #: What was computed from the layouts. Not cached_property: torch.compile cannot trace its lock.
+    _derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def _once(self, key: str, compute: Callable[[], Any]) -> Any:
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]
 
     @property
     def formats(self) -> tuple[str, ...]:
         return tuple(self.layouts)
 
-    @cached_property
+    @property
     def values(self) -> Tensor:
         """(nnz,) kept entries in row-major order."""
         for name in ("csr", "bitmap"):
@@ -49,7 +58,7 @@ class PackedWeight:
                 return self.layouts[name]["values"]
         return self.csr["values"]
 
-    @cached_property
+    @property
     def _any(self) -> Tensor:
         return next(iter(next(iter(self.layouts.values())).values()))
 
@@ -61,12 +70,12 @@ class PackedWeight:
     def device(self) -> torch.device:
         return self._any.device
 
-    @cached_property
+    @property
     def nnz(self) -> int:
-        for layout in self.layouts.values():
-            if "values" in layout:
-                return layout["values"].numel()
-        return int(self.layouts["dense"]["weight"].count_nonzero())
+        for name in ("csr", "bitmap"):
+            if name in self.layouts:
+                return self.layouts[name]["values"].numel()
+        return int(self._once("nnz", lambda: int(self.mask().count_nonzero())))
 
     @property
     def sparsity(self) -> float:
@@ -81,18 +90,46 @@ class PackedWeight:
         }
         return sum(held.values())
 
-    @cached_property
+    @property
     def csr(self) -> Layout:
         """The csr layout, derived when it is not held; gradients need it."""
         if "csr" in self.layouts:
             return self.layouts["csr"]
-        return _layout("csr", unpack(self), self.mask())
+        made: Layout = self._once("csr", lambda: _layout("csr", unpack(self), self.mask()))
+        return made
 
-    @cached_property
+    @property
     def transposed(self) -> Layout:
         """Structure of the transposed weight: fields cols_t, row_ptr_t, row_order_t, perm."""
-        tensors = specs.transpose_csr(self.csr["cols"], self.csr["row_ptr"], self.shape[1])
-        return dict(zip(("cols_t", "row_ptr_t", "row_order_t", "perm"), tensors, strict=True))
+
+        def compute() -> Layout:
+            tensors = specs.transpose_csr(self.csr["cols"], self.csr["row_ptr"], self.shape[1])
+            return dict(zip(TRANSPOSED, tensors, strict=True))
+
+        made: Layout = self._once("transposed", compute)
+        return made
+
+    def plan(self) -> tuple[str, ...]:
+        """The format that runs in each bucket of batch sizes, for the current number of threads."""
+        if len(self.layouts) == 1:
+            return self.formats * len(_dispatch.BUCKETS)
+        if torch.compiler.is_compiling():  # the choice was made when the weight was packed
+            return self._derived.get("plan") or self.formats[:1] * len(_dispatch.BUCKETS)
+        plan: tuple[str, ...] = self._once(f"plan {torch.get_num_threads()}", self._plan)
+        self._derived.setdefault("plan", plan)
+        return plan
+
+    def _plan(self) -> tuple[str, ...]:
+        table = _dispatch.table_for(self.device.type, self.dtype, may_calibrate=False)
+        any_batch = set(self.formats) & {"dense", "csr"}
+        chosen = []
+        for batch in _dispatch.BUCKETS:
+            if any_batch or batch <= SMALL_BATCH:
+                best = _dispatch.choose(table, *self.shape, self.nnz, batch, self.formats)[0]
+            else:
+                best = self.formats[0]  # packed for small batches only: right, but not fast
+            chosen.append(best)
+        return tuple(chosen)
 
     def mask(self) -> Tensor:
         """(N, K) bool, True where an entry is kept."""
@@ -105,9 +142,10 @@ class PackedWeight:
         if "bitmap" in self.layouts:
             return reference.mask_from_bitmap(self.layouts["bitmap"]["words"], self.shape[1])
         if "sell" in self.layouts:
-            ones = {**self.layouts["sell"]}
-            ones["values"] = torch.ones_like(ones["values"])
-            return reference.dense_from_sell(**ones, shape=self.shape) != 0
+            sell = self.layouts["sell"]
+            mask = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
+            mask[reference.sell_positions(sell["index"], sell["window"], sell["slice_ptr"])] = True
+            return mask
         return self.layouts["dense"]["weight"] != 0
 
     def to(self, target: torch.device | torch.dtype | str) -> PackedWeight:
@@ -138,7 +176,7 @@ class PackedWeight:
         """
         _check.shape("PackedWeight.with_values", "values", values, (self.nnz,))
         packed = PackedWeight(self.shape, {"csr": {**self.csr, "values": values}})
-        packed.__dict__["transposed"] = self.transposed
+        packed._derived["transposed"] = self.transposed
         return packed
 
     def tensors(self) -> dict[str, Tensor]:
@@ -260,7 +298,9 @@ def pack_sparse(
     layouts = {f: _layout(f, weight, mask) for f in formats}
     if "csr" in layouts and "bitmap" in layouts:
         layouts["bitmap"]["values"] = layouts["csr"]["values"]
-    return PackedWeight(shape, layouts)
+    packed = PackedWeight(shape, layouts)
+    packed.plan()
+    return packed
 
 
 def unpack(packed: PackedWeight) -> Tensor:

@@ -107,30 +107,26 @@ def _check_bitmap(layout: Layout, shape: tuple[int, int]) -> None:
 
 def _check_sell(layout: Layout, shape: tuple[int, int]) -> None:
     n, k = shape
-    slices = -(-n // reference.SLICE)
-    segments = -(-k // reference.SEGMENT)
-    values, index, lanes = layout["values"], layout["index"], layout["lanes"]
-    steps = lanes.numel()
-    _check_shape("sell.values", values, (values.numel(),), *_FLOATS)
-    _check_shape("sell.lanes", lanes, (steps,), torch.int16)
+    values, index, window = layout["values"], layout["index"], layout["window"]
+    steps, slices = window.numel(), -(-n // reference.SLICE)
+    _check_shape("sell.window", window, (steps,), torch.int32)
+    _check_shape("sell.values", values, (steps, reference.SLICE), *_FLOATS)
     _check_shape("sell.index", index, (steps, reference.SLICE), torch.uint8)
-    _check_pointer("sell.step_ptr", layout["step_ptr"], slices * segments, steps)
-    _check_pointer("sell.value_ptr", layout["value_ptr"], slices, values.numel())
-    present = reference.lane_bits(lanes)
-    rows, columns = reference.sell_positions(layout, k)
+    _check_pointer("sell.slice_ptr", layout["slice_ptr"], slices, steps)
+    _require(bool((index <= reference.ABSENT).all()), f"sell.index must be <= {reference.ABSENT}")
     _require(
-        rows.numel() == values.numel()
-        and bool((index < reference.SEGMENT).all())
-        and bool((rows < n).all())
-        and bool((columns < k).all()),
-        f"sell.index and sell.lanes must address {values.numel()} entries of {shape}",
+        bool(((window >= 0) & (window < k)).all()), f"sell.window must lie in 0..{k - 1}"
     )
-    per_slice = torch.zeros(slices, dtype=torch.int64).index_add(
-        0, reference.sell_slices(layout, k), present.sum(1)
+    rows, columns = reference.sell_positions(index, window, layout["slice_ptr"])
+    _require(
+        bool((rows < n).all())
+        and bool((columns < k).all())
+        and len(torch.unique(rows * k + columns)) == len(rows),
+        f"sell.index and sell.window must address distinct entries of {shape}",
     )
     _require(
-        torch.equal(per_slice, layout["value_ptr"].diff()),
-        "sell.lanes must have as many bits per slice as sell.value_ptr says",
+        not bool(values[index == reference.ABSENT].any()),
+        "sell.values must be 0 where sell.index is absent",
     )
 
 
