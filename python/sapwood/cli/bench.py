@@ -87,8 +87,8 @@ def measure(
         result = run_case(
             case,
             ("sapwood", *PACKED, *peers),
-            rounds=5 if quick else 11,
-            seconds=0.1 if quick else 0.4,
+            rounds=5 if quick else 7,
+            seconds=0.1 if quick else 0.3,
         )
         rows.append(_row(case.batch, case.sparsity, result))
     return {

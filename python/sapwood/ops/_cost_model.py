@@ -29,8 +29,8 @@ FORMATS = ("dense", "bitmap", "csr", "sell")
 #: A sparse format is chosen when it is predicted to take at most this share of the dense time.
 MARGIN = 0.97
 
-#: Exponent of the skew. Against dense, csr took 1.04 to 1.17 times as long at 4 : 1 as at 1 : 1, and
-#: 1.14 to 1.72 times at 16 : 1 (2**22 weights, float32, AVX-512, batches 64 and 256).
+#: Exponent of the skew. Against dense, csr took 1.04 to 1.17 times as long at 4 : 1 as at 1 : 1,
+#: and 1.14 to 1.72 times at 16 : 1 (2**22 weights, float32, AVX-512, batches 64 and 256).
 SKEW = 0.1
 
 #: First batch of each bucket: 1, 2-8, 9-31, 32-127, 128-511, 512 and more.
