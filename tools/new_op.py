@@ -113,7 +113,9 @@ def main() -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         print(f"wrote {path.relative_to(arguments.root)}")
-    print(f"next: ruff check --fix . && make build && pytest tests/test_{arguments.family}.py")
+    print(
+        f"next: ruff check --fix . && ruff format . && make build && pytest tests/test_{arguments.family}.py"
+    )
     return 0
 
 
