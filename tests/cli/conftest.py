@@ -17,6 +17,7 @@ Invoke = Callable[..., Result]
 def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("SAPWOOD_DISPATCH", "builtin")  # a measured table costs seconds and varies
     for name in ("FORCE_COLOR", "SAPWOOD_CPU_CAPABILITY"):
         monkeypatch.delenv(name, raising=False)
 

@@ -118,22 +118,24 @@ def time_models(
     return timings
 
 
-def verdict(speedup: float) -> str:
-    """Words for a ratio of speeds that claim no more than it shows."""
-    if speedup >= 1 + SAME:
-        return f"{speedup:.1f}x as fast as dense"
-    if speedup > 1 - SAME:
-        return "as fast as dense"
-    return f"slower than dense ({speedup:.2f}x)"
+def ratio(speedup: float) -> str:
+    """A speed-up with the digits that matter: two where it is near 1.
+
+    >>> ratio(5.234), ratio(0.957)
+    ('5.2x', '0.96x')
+    """
+    return f"{speedup:.1f}x" if speedup >= 1.5 else f"{speedup:.2f}x"
 
 
-def remarks(timings: Sequence[Timing], name: str, label: str) -> list[str]:
-    """A sentence for every batch size at which packing did not pay."""
-    return [
-        f"At batch {timing.batch} the {label} network is {verdict(timing.speedup(name))} here."
+def remarks(timings: Sequence[Timing], names: Sequence[str]) -> list[str]:
+    """One sentence on the batch sizes at which packing did not pay; none when it always did."""
+    even = [
+        f"{name} at batch {timing.batch} ({ratio(timing.speedup(name))})"
+        for name in names
         for timing in timings
         if timing.speedup(name) < 1 + SAME
     ]
+    return [f"Not faster than dense here: {', '.join(even)}."] if even else []
 
 
 def as_data(packed: Packed, timings: Sequence[Timing], name: str) -> dict[str, object]:

@@ -59,7 +59,7 @@ def prune(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("sapwood-prune"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Train and prune one network; save weights, masks and a report; pack and time it."""
+    """Train and prune one network, save it, pack it and time it."""
     task = task or (Task.mnist if data is not None else Task.digits)
     _check_arguments(task, data, method, sparsity, t1)
     console.require_ops()

@@ -31,7 +31,7 @@ def tour(
         int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1)
     ] = None,
 ) -> None:
-    """Prune, pack and run a real network on this machine, and write a page about it."""
+    """Prune, pack and run a real network; write a page about it."""
     console.require("tour", NEEDS)
     console.require_ops()
     import torch

@@ -29,6 +29,7 @@ class Recipe:
     lr: float
     batch_size: int
     seed: int
+    weight_decay: float = 1e-4
     scope: str = "global"
     t1: float = 0.75  # part of the steps after which the masks are fixed
     every: int = 10  # steps between cuts
@@ -130,6 +131,7 @@ def _phases(
     config = pruning.TrainConfig(
         epochs=recipe.epochs,
         lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         device="cpu",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sapwood.cli.packing import SAME, Timing
+from sapwood.cli.packing import Timing, ratio
 from sapwood.report import plots
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def training(curves: Sequence[Curve]) -> str:
         lowest = min(min(curve.accuracy[len(curve.accuracy) // 4 :]) for curve in curves)
         bottom = min(95.0, 100 * lowest - 0.5)
         right.set(title="Test accuracy, %", xlabel="epoch", ylim=(bottom, 100.2))
-        right.legend(loc="lower right")
+        left.legend(loc="center right", bbox_to_anchor=(1.0, 0.4))
         return plots.svg(figure, "sparsity over the training steps and test accuracy by epoch")
 
 
@@ -67,9 +67,8 @@ def _speed_panel(ax: Axes, timing: Timing, labels: Mapping[str, str]) -> None:
         time = f"{seconds[row] * factor:.3g} {unit}"
         ax.text(seconds[row] + 0.03 * longest, row, time, va="center", color=plots.MUTED)
         if name != "dense":
-            ratio = timing.speedup(name)
-            note = f"{ratio:.1f}x" if abs(ratio - 1) > SAME else "even"
-            ax.text(1.6 * longest, row, note, va="center", ha="right", weight="bold")
+            gain = ratio(timing.speedup(name))
+            ax.text(1.6 * longest, row, gain, va="center", ha="right", weight="bold")
     ax.set(title=f"Batch {timing.batch}", xlim=(0, 1.62 * longest), ylim=(len(names) - 0.45, -0.55))
     ax.set_yticks(range(len(names)), [labels[name] for name in names])
     ax.set_xticks([])
