@@ -21,9 +21,13 @@ struct DeviceScope {
   explicit DeviceScope(const torch::stable::Tensor&) {}
 };
 
-inline Stream current_stream(const torch::stable::Tensor&) { return nullptr; }
+inline Stream current_stream(const torch::stable::Tensor&) {
+  return nullptr;
+}
 
-inline int64_t read_back(const int64_t* address, Stream) { return *address; }
+inline int64_t read_back(const int64_t* address, Stream) {
+  return *address;
+}
 
 #else
 

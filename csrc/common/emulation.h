@@ -45,8 +45,12 @@
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "no error";
+}
 
 struct uint3 {
   unsigned x = 0, y = 0, z = 0;
@@ -61,11 +65,13 @@ inline thread_local dim3 blockDim, gridDim;
 namespace sapwood::emulation {
 
 inline constexpr unsigned kWarpSize = 32;
-inline constexpr size_t kLine = 64;                 // alignment and redzone of a shared array, bytes
-inline constexpr size_t kSharedLimit = 48 * 1024;   // what a kernel gets without asking for more
-inline constexpr uint64_t kAbsent = ~uint64_t{0};   // exchange slot of a thread that has returned
+inline constexpr size_t kLine = 64;                // alignment and redzone of a shared array, bytes
+inline constexpr size_t kSharedLimit = 48 * 1024;  // what a kernel gets without asking for more
+inline constexpr uint64_t kAbsent = ~uint64_t{0};  // exchange slot of a thread that has returned
 
-constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+constexpr size_t round_up(size_t n, size_t to) {
+  return (n + to - 1) / to * to;
+}
 
 // std::barrier, but a waiting thread sleeps at once. The standard one yields a few times first, and
 // a yield hands a whole time slice to any busy process of the machine.
@@ -107,7 +113,7 @@ struct Block {
   size_t dynamic_bytes = 0;
   std::unique_ptr<Barrier> all;                // __syncthreads
   std::vector<std::unique_ptr<Barrier>> warp;  // __syncwarp and shuffles
-  std::vector<uint64_t> slot;                         // one exchange slot per thread
+  std::vector<uint64_t> slot;                  // one exchange slot per thread
 
   unsigned char* base() { return arena.front().bytes; }
   size_t capacity() const { return arena.size() * kLine; }
@@ -161,8 +167,12 @@ T* dynamic_shared() {
   return reinterpret_cast<T*>(take_shared(self.block->dynamic_bytes));
 }
 
-inline void sync_block() { self.block->all->arrive_and_wait(); }
-inline void sync_warp() { self.block->warp[self.thread / kWarpSize]->arrive_and_wait(); }
+inline void sync_block() {
+  self.block->all->arrive_and_wait();
+}
+inline void sync_warp() {
+  self.block->warp[self.thread / kWarpSize]->arrive_and_wait();
+}
 
 inline void require_full(unsigned mask) {
   if (mask != 0xffffffffu) throw std::runtime_error("sapwood: warp operations take the full mask");
@@ -225,8 +235,12 @@ inline void check_configuration(dim3 grid, dim3 block, size_t bytes) {
 class Team {
  public:
   Team(dim3 grid, dim3 block, size_t bytes, std::function<void()> body)
-      : grid_(grid), block_(block), threads_(block.x * block.y * block.z), body_(std::move(body)),
-        order_(block_order(uint64_t{grid.x} * grid.y * grid.z)), sync_(threads_) {
+      : grid_(grid),
+        block_(block),
+        threads_(block.x * block.y * block.z),
+        body_(std::move(body)),
+        order_(block_order(uint64_t{grid.x} * grid.y * grid.z)),
+        sync_(threads_) {
     constexpr size_t kRedzones = 32 * 2 * kLine;  // alignment and gap of up to 32 arrays
     state_.dynamic_bytes = bytes;
     state_.arena.resize((kSharedLimit + kRedzones) / kLine);
@@ -309,7 +323,9 @@ T update(T* address, F&& f) {
 
 }  // namespace sapwood::emulation
 
-inline void __syncthreads() { sapwood::emulation::sync_block(); }
+inline void __syncthreads() {
+  sapwood::emulation::sync_block();
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   sapwood::emulation::require_full(mask);
   sapwood::emulation::sync_warp();
@@ -360,5 +376,9 @@ template <class T>
 T __ldg(const T* address) {
   return *address;
 }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __popcll(unsigned long long bits) { return __builtin_popcountll(bits); }
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
+inline int __popcll(unsigned long long bits) {
+  return __builtin_popcountll(bits);
+}

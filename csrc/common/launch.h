@@ -21,7 +21,7 @@
 #define SAPWOOD_HD __host__ __device__
 #define SAPWOOD_UNROLL _Pragma("unroll")
 #define SAPWOOD_SHARED(T, name, count) __shared__ T name[count]
-#define SAPWOOD_DYN_SHARED(T, name)                                  \
+#define SAPWOOD_DYN_SHARED(T, name)                                 \
   extern __shared__ __align__(16) unsigned char sapwood_dynamic_[]; \
   T* name = reinterpret_cast<T*>(sapwood_dynamic_)
 #define SAPWOOD_LAUNCH(kernel, grid, block, bytes, stream, ...) \

@@ -4,10 +4,9 @@
 #include <string>
 #include <tuple>
 
-#include <torch/csrc/stable/ops.h>
-
 #include "common/checks.h"
 #include "common/cuda.h"
+#include "common/cuda_tensor.h"
 #include "common/registry.h"
 #include "masked_matmul/cuda_bitmap.cuh"
 #include "masked_matmul/cuda_csr.cuh"
@@ -18,47 +17,13 @@
 namespace sapwood::masked_matmul::device {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kNarrowLimit = 65536;  // column indices below this are stored as uint16
 
 template <class T>
-struct Type {
-  using type = T;
-};
-
-void check_device(const char* op, const char* argument, const Tensor& t, const Tensor& like) {
-  STD_TORCH_CHECK(t.device() == like.device(), "sapwood.", op, ": ", argument,
-                  " must be on the device of the first argument");
-}
-
-template <class T>
-T* output(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-template <class T>
-const T* input(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
 Strided<T> strided(const Tensor& t) {
   return {input<T>(t), t.stride(0), t.stride(1)};
-}
-
-// Calls f(Type<T>) with the type of x.
-template <class F>
-void dispatch_float(const char* op, const char* argument, const Tensor& x, F&& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(Type<float>{});
-    case ScalarType::Double: return f(Type<double>{});
-    case ScalarType::Half: return f(Type<c10::Half>{});
-    case ScalarType::BFloat16: return f(Type<c10::BFloat16>{});
-    default: check_dtype(op, argument, x, false, "float32, float64, float16 or bfloat16");
-  }
 }
 
 // Calls f(Type<X>, Type<V>): values of x's type, or half precision under a float32 x.
@@ -80,10 +45,14 @@ void dispatch_pair(const char* op, const Tensor& x, const Tensor& values, F&& f)
 template <class F>
 void dispatch_bits(const char* op, const Tensor& t, F&& f) {
   switch (t.element_size()) {
-    case 2: return f(Type<uint16_t>{});
-    case 4: return f(Type<uint32_t>{});
-    case 8: return f(Type<uint64_t>{});
-    default: check_dtype(op, "weight", t, false, "float32, float64, float16 or bfloat16");
+    case 2:
+      return f(Type<uint16_t>{});
+    case 4:
+      return f(Type<uint32_t>{});
+    case 8:
+      return f(Type<uint64_t>{});
+    default:
+      check_dtype(op, "weight", t, false, "float32, float64, float16 or bfloat16");
   }
 }
 
@@ -97,17 +66,10 @@ Activation activation_of(const char* op, const std::string& name) {
   return Activation::silu;
 }
 
-template <class... Args>
-Tensor call(const char* op, const char* overload, Args... args) {
-  StableIValue stack[] = {torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 void check_mask(const char* op, const Tensor& weight, const Tensor& mask) {
   check_dim(op, "weight", weight, 2);
   check_shape(op, "mask", mask, weight.sizes());
-  check_device(op, "mask", mask, weight);
+  check_device(op, "mask", mask, "weight", weight);
   const ScalarType type = mask.scalar_type();
   check_dtype(op, "mask", mask, type == ScalarType::Bool || type == ScalarType::Byte,
               "bool or uint8");
@@ -133,7 +95,7 @@ Tensor masked_matmul(const Tensor& x, const Tensor& weight, const Tensor& mask,
                      const OptionalTensor& bias, bool /*dense_weight_grad*/) {
   const char* op = "masked_matmul";
   check_mask(op, weight, mask);
-  check_device(op, "weight", weight, x);
+  check_device(op, "weight", weight, "x", x);
   const DeviceScope scope(x);
   return call("aten::linear", "", x, masked(op, weight, mask), bias);
 }
@@ -144,13 +106,13 @@ std::tuple<Tensor, Tensor> masked_matmul_backward(const Tensor& grad, const Tens
                                                   bool dense_weight_grad) {
   const char* op = "masked_matmul_backward";
   check_mask(op, weight, mask);
-  check_device(op, "weight", weight, grad);
+  check_device(op, "weight", weight, "grad", grad);
   const DeviceScope scope(grad);
   Tensor grad_x = need_x ? call("aten::mm", "", grad, masked(op, weight, mask))
                          : torch::stable::new_empty(x, {0});
   if (!need_weight) return {grad_x, torch::stable::new_empty(weight, {0})};
-  Tensor grad_weight = torch::stable::contiguous(
-      call("aten::mm", "", torch::stable::transpose(grad, 0, 1), x));
+  Tensor grad_weight =
+      torch::stable::contiguous(call("aten::mm", "", torch::stable::transpose(grad, 0, 1), x));
   if (!dense_weight_grad) write_masked(op, grad_weight, mask, grad_weight);
   return {grad_x, grad_weight};
 }
@@ -177,8 +139,7 @@ void pack(const char* op, const Tensor& weight, const Tensor& mask, const Tensor
 
 Tensor order_rows(const Tensor& row_ptr, int64_t n) {
   Tensor row_order = torch::stable::new_empty(row_ptr, {n}, ScalarType::Int);
-  launch_row_order(input<int64_t>(row_ptr), n, output<int32_t>(row_order),
-                   current_stream(row_ptr));
+  launch_row_order(input<int64_t>(row_ptr), n, output<int32_t>(row_order), current_stream(row_ptr));
   return row_order;
 }
 
@@ -189,8 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_csr(const Tensor& weight, const 
   const auto [row_ptr, nnz] = count_rows(weight, mask);
   const bool wide = weight.size(1) > kNarrowLimit;
   Tensor values = torch::stable::new_empty(weight, {nnz});
-  Tensor cols =
-      torch::stable::new_empty(weight, {nnz}, wide ? ScalarType::Int : ScalarType::Short);
+  Tensor cols = torch::stable::new_empty(weight, {nnz}, wide ? ScalarType::Int : ScalarType::Short);
   pack(op, weight, mask, row_ptr, values, {{cols.mutable_data_ptr(), wide}, nullptr, 0});
   return {values, cols, row_ptr, order_rows(row_ptr, weight.size(0))};
 }
@@ -215,7 +175,7 @@ Columns check_structure(const char* op, const Tensor& cols, const Tensor& row_pt
   check_dim(op, "row_ptr", row_ptr, 1);
   check_dtype(op, "row_ptr", row_ptr, row_ptr.scalar_type() == ScalarType::Long, "int64");
   STD_TORCH_CHECK(row_ptr.numel() > 0, "sapwood.", op, ": row_ptr must not be empty, got (0,)");
-  check_device(op, "row_ptr", row_ptr, cols);
+  check_device(op, "row_ptr", row_ptr, "cols", cols);
   const bool wide = k > kNarrowLimit;
   check_dtype(op, "cols", cols, cols.scalar_type() == (wide ? ScalarType::Int : ScalarType::Short),
               wide ? "int32 for more than 65536 columns" : "int16 for at most 65536 columns");
@@ -234,10 +194,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transpose_csr(const Tensor& cols_in,
   const int64_t n = row_ptr.numel() - 1, nnz = cols.numel();
   const Tensor keys = torch::stable::new_empty(cols, {nnz}, ScalarType::Int);
   launch_widen(columns, nnz, output<int32_t>(keys), stream);
-  StableIValue stack[] = {torch::stable::detail::from(keys),
-                          torch::stable::detail::from(std::optional<bool>(true)),
-                          torch::stable::detail::from(int64_t{0}),
-                          torch::stable::detail::from(false)};
+  StableIValue stack[] = {
+      torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
+      torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
   const Tensor sorted = torch::stable::detail::to<Tensor>(stack[0]);
@@ -257,10 +216,10 @@ Tensor packed_output(const char* op, const Tensor& x, const Tensor& values,
   check_dim(op, "x", x, 2);
   check_shape(op, "x", x, {x.size(0), k});
   check_dim(op, "values", values, 1);
-  check_device(op, "values", values, x);
+  check_device(op, "values", values, "x", x);
   if (bias) {
     check_shape(op, "bias", *bias, {n});
-    check_device(op, "bias", *bias, x);
+    check_device(op, "bias", *bias, "x", x);
     check_dtype(op, "bias", *bias, bias->scalar_type() == x.scalar_type(), "of x's dtype");
   }
   return torch::stable::new_empty(x, {x.size(0), n});
@@ -294,8 +253,8 @@ Tensor packed_linear_csr(const Tensor& x, const Tensor& values_in, const Tensor&
   check_shape(op, "values", values, cols.sizes());
   check_shape(op, "row_order", row_order, {n});
   check_dtype(op, "row_order", row_order, row_order.scalar_type() == ScalarType::Int, "int32");
-  check_device(op, "row_order", row_order, x);
-  check_device(op, "cols", cols, x);
+  check_device(op, "row_order", row_order, "x", x);
+  check_device(op, "cols", cols, "x", x);
   const Activation act = activation_of(op, activation);
   const Stream stream = current_stream(x);
   const int64_t width = csr_panel_width(batch);
@@ -304,8 +263,8 @@ Tensor packed_linear_csr(const Tensor& x, const Tensor& values_in, const Tensor&
   dispatch_pair(op, x, values, [&](auto x_type, auto v_type) {
     using X = typename decltype(x_type)::type;
     using V = typename decltype(v_type)::type;
-    const Csr<V> w{input<V>(values), columns, input<int64_t>(row_ptr),
-                   input<int32_t>(row_order), n, k};
+    const Csr<V> w{input<V>(values),          columns, input<int64_t>(row_ptr),
+                   input<int32_t>(row_order), n,       k};
     launch_csr<X, V>(strided<X>(x), output<X>(panels), batch, w, epilogue<X>(out, bias, act),
                      stream);
   });
@@ -328,8 +287,8 @@ Tensor packed_linear_bitmap(const Tensor& x, const Tensor& values_in, const Tens
   check_shape(op, "words", words, {n, words_per_row});
   check_shape(op, "row_ptr", row_ptr, {n + 1});
   check_dtype(op, "row_ptr", row_ptr, row_ptr.scalar_type() == ScalarType::Long, "int64");
-  check_device(op, "words", words, x);
-  check_device(op, "row_ptr", row_ptr, x);
+  check_device(op, "words", words, "x", x);
+  check_device(op, "row_ptr", row_ptr, "x", x);
   const Activation act = activation_of(op, activation);
   const Stream stream = current_stream(x);
   dispatch_pair(op, x, values, [&](auto x_type, auto v_type) {
@@ -337,8 +296,8 @@ Tensor packed_linear_bitmap(const Tensor& x, const Tensor& values_in, const Tens
     using V = typename decltype(v_type)::type;
     const uint16_t* bits = input<uint16_t>(words);
     const bool whole_steps = words_per_row % kWordsPerStep == 0 && aligned(bits, 8);
-    const Bitmap<V> w{input<V>(values), bits, input<int64_t>(row_ptr), n, k, words_per_row,
-                      whole_steps};
+    const Bitmap<V> w{input<V>(values), bits,       input<int64_t>(row_ptr), n, k,
+                      words_per_row,    whole_steps};
     launch_bitmap<X, V>(strided<X>(x), x.size(0), w, epilogue<X>(out, bias, act), stream);
   });
   return out;
@@ -356,8 +315,8 @@ Tensor sampled_matmul(const Tensor& grad, const Tensor& x, const Tensor& cols_in
   const int64_t n = row_ptr.numel() - 1;
   check_shape(op, "grad", grad, {batch, n});
   check_dtype(op, "grad", grad, grad.scalar_type() == x.scalar_type(), "of x's dtype");
-  check_device(op, "grad", grad, x);
-  check_device(op, "cols", cols, x);
+  check_device(op, "grad", grad, "x", x);
+  check_device(op, "cols", cols, "x", x);
   const Stream stream = current_stream(x);
   const Tensor out = torch::stable::new_empty(x, {cols.numel()});
   const int64_t padded = batch > kLaneBatch ? panel_count(batch, kWarp) * kWarp : 0;

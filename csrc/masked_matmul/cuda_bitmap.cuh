@@ -8,8 +8,8 @@
 
 namespace sapwood::masked_matmul::device {
 
-inline constexpr int kBitmapRows = 4;         // rows per warp
-inline constexpr int64_t kWordsPerStep = 4;   // 16-bit words, 64 columns
+inline constexpr int kBitmapRows = 4;        // rows per warp
+inline constexpr int64_t kWordsPerStep = 4;  // 16-bit words, 64 columns
 
 template <class V>
 struct Bitmap {
@@ -17,7 +17,7 @@ struct Bitmap {
   const uint16_t* words;   // (N, ceil(K / 16))
   const int64_t* row_ptr;  // (N + 1,)
   int64_t n, k, words_per_row;
-  bool aligned;            // the words of every step start at a multiple of eight bytes
+  bool aligned;  // the words of every step start at a multiple of eight bytes
 };
 
 // Four words of a row as one bit vector, zero past the row's end.

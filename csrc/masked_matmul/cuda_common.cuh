@@ -141,7 +141,9 @@ inline unsigned grid_y(int64_t items, int64_t per_block) {
   return static_cast<unsigned>(smaller<int64_t>(blocks, 65535));
 }
 
-SAPWOOD_HD constexpr int64_t panel_count(int64_t batch, int64_t width) { return (batch + width - 1) / width; }
+SAPWOOD_HD constexpr int64_t panel_count(int64_t batch, int64_t width) {
+  return (batch + width - 1) / width;
+}
 
 // Repacks x (B, C) into panels (ceil(B / P), C, P): the P batch entries of a column lie side by
 // side, so that a warp reads them as one line. The last panel is filled with zeros.
@@ -173,8 +175,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int P>
 void launch_panels(Strided<T> x, int64_t batch, int64_t columns, T* panels, Stream stream) {
   if (batch == 0 || columns == 0) return;
-  const int64_t tiles =
-      panel_count(batch, P) * (P / kWarp) * ((columns + kWarp - 1) / kWarp);
+  const int64_t tiles = panel_count(batch, P) * (P / kWarp) * ((columns + kWarp - 1) / kWarp);
   auto kernel = panel_kernel<T, P>;
   SAPWOOD_LAUNCH(kernel, grid_x(tiles, 1), kThreads, 0, stream, x, batch, columns, panels);
   SAPWOOD_CUDA_CHECK(cudaGetLastError());

@@ -143,8 +143,7 @@ void launch_pack(Strided<Bits> weight, Strided<uint8_t> mask, const int64_t* row
   SAPWOOD_CUDA_CHECK(cudaGetLastError());
 }
 
-inline void launch_row_order(const int64_t* row_ptr, int64_t n, int32_t* row_order,
-                             Stream stream) {
+inline void launch_row_order(const int64_t* row_ptr, int64_t n, int32_t* row_order, Stream stream) {
   if (n == 0) return;
   auto kernel = row_order_kernel<>;
   SAPWOOD_LAUNCH(kernel, grid_x(n, kOrderChunk), kThreads, 0, stream, row_ptr, n, row_order);

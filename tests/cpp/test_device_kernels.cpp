@@ -76,8 +76,7 @@ Packed pack(const Problem& p) {
   packed.row_order.resize(p.n);
   launch_pack(p.weights(), p.masks(), packed.row_ptr.data(), p.n, p.k, packed.values.data(),
               {{packed.columns.data(), false}, nullptr, 0}, nullptr);
-  launch_pack(p.weights(), p.masks(), packed.row_ptr.data(), p.n, p.k,
-              packed.bitmap_values.data(),
+  launch_pack(p.weights(), p.masks(), packed.row_ptr.data(), p.n, p.k, packed.bitmap_values.data(),
               {{nullptr, false}, packed.words.data(), packed.words_per_row}, nullptr);
   launch_row_order(packed.row_ptr.data(), p.n, packed.row_order.data(), nullptr);
   return packed;
@@ -173,8 +172,8 @@ void check_transpose(const Problem& p, const Packed& packed) {
   for (int64_t c = 0; c < p.k; ++c) {
     for (int64_t i = starts[c]; i < starts[c + 1]; ++i) {
       const int64_t row = rows[i];
-      right &= sorted[i] == c && packed.row_ptr[row] <= perm[i] &&
-               perm[i] < packed.row_ptr[row + 1];
+      right &=
+          sorted[i] == c && packed.row_ptr[row] <= perm[i] && perm[i] < packed.row_ptr[row + 1];
     }
   }
   expect(right, p.name("transpose"));
@@ -190,13 +189,18 @@ void run(const Problem& p) {
   const Epilogue<float> epilogue{y.data(), nullptr, p.n, Activation::none};
   const int64_t width = csr_panel_width(p.batch);
   std::vector<float> panels(width ? panel_count(p.batch, width) * width * p.k : 0);
-  const Csr<float> csr{packed.values.data(), {packed.columns.data(), false},
-                       packed.row_ptr.data(), packed.row_order.data(), p.n, p.k};
+  const Csr<float> csr{packed.values.data(),
+                       {packed.columns.data(), false},
+                       packed.row_ptr.data(),
+                       packed.row_order.data(),
+                       p.n,
+                       p.k};
   launch_csr(x, panels.data(), p.batch, csr, epilogue, nullptr);
   check_products(p, y, "csr");
   y.assign(y.size(), NAN);
-  const Bitmap<float> bitmap{packed.values.data(), packed.words.data(), packed.row_ptr.data(),
-                             p.n, p.k, packed.words_per_row, packed.words_per_row % 4 == 0};
+  const Bitmap<float> bitmap{
+      packed.values.data(), packed.words.data(),          packed.row_ptr.data(), p.n, p.k,
+      packed.words_per_row, packed.words_per_row % 4 == 0};
   launch_bitmap(x, p.batch, bitmap, epilogue, nullptr);
   check_products(p, y, "bitmap");
   const int64_t padded = panel_count(p.batch, kWarp) * kWarp;

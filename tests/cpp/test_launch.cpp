@@ -29,8 +29,7 @@ std::string error_of(const std::function<void()>& f) {
 
 __global__ void write_indices(unsigned* out) {
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-  const unsigned thread =
-      threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
   out[block * blockDim.x * blockDim.y * blockDim.z + thread] = block * 1000 + thread;
 }
 
@@ -182,23 +181,34 @@ __global__ void too_much_shared(float* out) {
 void errors_reach_the_caller() {
   int ran = 0;
   std::vector<float> out(64);
-  expect(error_of([&] { SAPWOOD_LAUNCH(throw_in_block, 3, 64, 0, nullptr, &ran); }) ==
-             "from a kernel", "an exception in a thread reaches the caller");
+  expect(
+      error_of([&] { SAPWOOD_LAUNCH(throw_in_block, 3, 64, 0, nullptr, &ran); }) == "from a kernel",
+      "an exception in a thread reaches the caller");
 #if defined(SAPWOOD_EMU_SHUFFLE)
   expect(ran % 64 == 63, "the other threads of that block finish");
 #else
   expect(ran == 64 + 63, "the other threads of that block finish, later blocks do not start");
 #endif
-  expect(error_of([&] { SAPWOOD_LAUNCH(partial_mask, 1, 32, 0, nullptr, out.data()); })
-             .find("full mask") != std::string::npos, "a partial mask is refused");
-  expect(error_of([&] { SAPWOOD_LAUNCH(too_much_shared, 1, 32, 0, nullptr, out.data()); })
-             .find("48 KiB") != std::string::npos, "too much static shared memory is refused");
-  expect(error_of([&] { SAPWOOD_LAUNCH(partial_mask, 1, 33, 0, nullptr, out.data()); })
-             .find("got 33") != std::string::npos, "a block of 33 threads is refused");
-  expect(error_of([&] { SAPWOOD_LAUNCH(partial_mask, 0, 32, 0, nullptr, out.data()); })
-             .find("invalid grid (0, 1, 1)") != std::string::npos, "an empty grid is refused");
-  expect(error_of([&] { SAPWOOD_LAUNCH(partial_mask, 1, 32, 50000, nullptr, out.data()); })
-             .find("48 KiB") != std::string::npos, "too much dynamic shared memory is refused");
+  expect(error_of([&] {
+           SAPWOOD_LAUNCH(partial_mask, 1, 32, 0, nullptr, out.data());
+         }).find("full mask") != std::string::npos,
+         "a partial mask is refused");
+  expect(error_of([&] {
+           SAPWOOD_LAUNCH(too_much_shared, 1, 32, 0, nullptr, out.data());
+         }).find("48 KiB") != std::string::npos,
+         "too much static shared memory is refused");
+  expect(error_of([&] {
+           SAPWOOD_LAUNCH(partial_mask, 1, 33, 0, nullptr, out.data());
+         }).find("got 33") != std::string::npos,
+         "a block of 33 threads is refused");
+  expect(error_of([&] {
+           SAPWOOD_LAUNCH(partial_mask, 0, 32, 0, nullptr, out.data());
+         }).find("invalid grid (0, 1, 1)") != std::string::npos,
+         "an empty grid is refused");
+  expect(error_of([&] {
+           SAPWOOD_LAUNCH(partial_mask, 1, 32, 50000, nullptr, out.data());
+         }).find("48 KiB") != std::string::npos,
+         "too much dynamic shared memory is refused");
 }
 
 void launches_from_several_threads_are_separate() {
@@ -206,9 +216,8 @@ void launches_from_several_threads_are_separate() {
   {
     std::vector<std::jthread> callers;
     for (auto& mine : out) {
-      callers.emplace_back([&mine] {
-        SAPWOOD_LAUNCH(write_indices, 2, 64, 0, nullptr, mine.data());
-      });
+      callers.emplace_back(
+          [&mine] { SAPWOOD_LAUNCH(write_indices, 2, 64, 0, nullptr, mine.data()); });
     }
   }
   bool right = true;

@@ -214,7 +214,7 @@ void test_sampled(const Problem<T>& p, int64_t width, const std::string& what) {
             grad_panel.data(), width);
     two_threads(p.n, 16, [&](int64_t first, int64_t rows) {
       K::sampled(static_cast<const T*>(grad_panel.data()), static_cast<const T*>(panel.data()),
-                 width, p.cols.data(), p.row_ptr.data(), first, rows, p.row_ptr[p.n], b0 > 0,
+                 width, p.k, p.cols.data(), p.row_ptr.data(), first, rows, p.row_ptr[p.n], b0 > 0,
                  out.data());
     });
   }
@@ -258,7 +258,7 @@ void test_small_batch(const Problem<float>& p) {
 template <class K, class T>
 void test_kernels(const char* type) {
   const int64_t shapes[][3] = {{1, 1, 1},    {3, 65, 33},   {16, 64, 64},  {17, 130, 100},
-                               {64, 129, 257}, {70, 40, 515}, {5, 300, 130}, {2, 9, 0}};
+                               {64, 129, 257}, {70, 40, 515}, {5, 300, 130}, {2, 9, 0}, {66, 8, 2500}};
   for (const auto& shape : shapes) {
     for (double sparsity : {0.0, 0.5, 0.9, 1.0}) {
       const Problem<T> p(shape[0], shape[1], shape[2], sparsity, 11);

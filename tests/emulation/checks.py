@@ -106,7 +106,10 @@ def check_masked_matmul(ops: Any, p: Problem) -> None:
     assert_sums(y, x @ w.T + bias, magnitude, terms, dtype)
     assert_sums(
         ops.masked_matmul(p.x, p.weight, p.mask.to(torch.uint8), None, False),
-        x @ w.T, magnitude, terms, dtype,
+        x @ w.T,
+        magnitude,
+        terms,
+        dtype,
     )
     for dense in (False, True):
         gx, gw = ops.masked_matmul_backward(p.grad, p.x, p.weight, p.mask, True, True, dense)
@@ -122,7 +125,9 @@ def check_packing(ops: Any, reference: Any, p: Problem) -> None:
     """Structure and values are exactly the reference's."""
     packed = ops.pack_csr(p.weight, p.mask)
     for name, got, wanted in zip(
-        ("values", "cols", "row_ptr", "row_order"), packed, reference.pack_csr(p.weight, p.mask),
+        ("values", "cols", "row_ptr", "row_order"),
+        packed,
+        reference.pack_csr(p.weight, p.mask),
         strict=True,
     ):
         assert torch.equal(got, wanted), name
@@ -146,21 +151,38 @@ def check_packing(ops: Any, reference: Any, p: Problem) -> None:
 
 
 def packed_linear(
-    ops: Any, reference: Any, fmt: str, p: Problem, *, bias: bool = True,
-    activation: str = "none", value_dtype: torch.dtype | None = None,
+    ops: Any,
+    reference: Any,
+    fmt: str,
+    p: Problem,
+    *,
+    bias: bool = True,
+    activation: str = "none",
+    value_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The packed product of one format, its structure built by the reference."""
     values, *structure = getattr(reference, f"pack_{fmt}")(p.weight, p.mask)
     tail = UNTRANSPOSED if fmt == "csr" else ()
     return getattr(ops, f"packed_linear_{fmt}")(
-        p.x, values.to(value_dtype or values.dtype), *structure, p.bias if bias else None, p.k,
-        activation, *tail,
+        p.x,
+        values.to(value_dtype or values.dtype),
+        *structure,
+        p.bias if bias else None,
+        p.k,
+        activation,
+        *tail,
     )
 
 
 def check_packed_linear(
-    ops: Any, reference: Any, fmt: str, p: Problem, *, bias: bool = True,
-    activation: str = "none", value_dtype: torch.dtype | None = None,
+    ops: Any,
+    reference: Any,
+    fmt: str,
+    p: Problem,
+    *,
+    bias: bool = True,
+    activation: str = "none",
+    value_dtype: torch.dtype | None = None,
 ) -> None:
     dtype = p.x.dtype
     y = packed_linear(

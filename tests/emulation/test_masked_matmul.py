@@ -79,9 +79,7 @@ def test_packed_linear_dtype(ops: Any, shape: Shape, dtype: torch.dtype, fmt: st
 @by_format
 @pytest.mark.parametrize("values", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [MAIN, (12, 9, 48)], ids=["gather", "panel"])
-def test_half_values_under_float32(
-    ops: Any, shape: Shape, values: torch.dtype, fmt: str
-) -> None:
+def test_half_values_under_float32(ops: Any, shape: Shape, values: torch.dtype, fmt: str) -> None:
     checks.check_packed_linear(ops, reference, fmt, problem(shape), value_dtype=values)
 
 
@@ -188,15 +186,16 @@ def test_twenty_runs_are_bitwise_equal(ops: Any) -> None:
         assert run_cases.run(ops, run_cases.REPEATED) == first
 
 
-def test_results_do_not_depend_on_the_order_of_blocks(
-    ops: Any, emulation_library: Path
-) -> None:
+def test_results_do_not_depend_on_the_order_of_blocks(ops: Any, emulation_library: Path) -> None:
     shuffled = emulation_library.with_name("_ops_emu_shuffled.so")
     if not shuffled.is_file():
         pytest.fail(f"{shuffled.name} is missing: build it with 'make emulation'")
     done = subprocess.run(
         [sys.executable, "-m", "tests.emulation.run_cases", str(shuffled)],
-        capture_output=True, text=True, check=True, timeout=120,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
         cwd=Path(__file__).resolve().parents[2],
     )
     assert json.loads(done.stdout) == run_cases.run(ops, run_cases.ALL)
@@ -220,43 +219,88 @@ def corrupted(p: checks.Problem) -> dict[str, tuple[str, list[Any], str]]:
         return [changes.get(f"at{i}", a) for i, a in enumerate(args)]
 
     return {
-        "mask": ("pack_csr", [p.weight, p.mask[:, 1:]],
-                 "pack_csr: mask must have shape (4, 20), got (4, 19)"),
-        "mask dtype": ("pack_bitmap", [p.weight, p.mask.float()],
-                       "pack_bitmap: mask must be bool or uint8, got Float"),
-        "x": ("packed_linear_csr", but(csr, at0=p.x[:, 1:]),
-              "packed_linear_csr: x must have shape (3, 20), got (3, 19)"),
-        "x rank": ("packed_linear_csr", but(csr, at0=p.x[0]),
-                   "packed_linear_csr: x must have 2 dimensions, got shape (20,)"),
-        "values": ("packed_linear_csr", but(csr, at1=values[1:]),
-                   f"packed_linear_csr: values must have shape ({len(values)},), "
-                   f"got ({len(values) - 1},)"),
-        "values dtype": ("packed_linear_csr", but(csr, at1=values.double()),
-                         "packed_linear_csr: values must be of x's dtype"),
-        "cols dtype": ("packed_linear_csr", but(csr, at2=cols.int()),
-                       "packed_linear_csr: cols must be int16 for at most 65536 columns, got Int"),
-        "row_ptr dtype": ("packed_linear_csr", but(csr, at3=row_ptr.int()),
-                          "packed_linear_csr: row_ptr must be int64, got Int"),
-        "row_order": ("packed_linear_csr", but(csr, at4=row_order[1:]),
-                      "packed_linear_csr: row_order must have shape (4,), got (3,)"),
-        "bias": ("packed_linear_csr", but(csr, at5=p.bias[1:]),
-                 "packed_linear_csr: bias must have shape (4,), got (3,)"),
-        "activation": ("packed_linear_csr", but(csr, at7="tanh"),
-                       "packed_linear_csr: activation must be one of none, relu, gelu, gelu_tanh, "
-                       "silu, got tanh"),
-        "words": ("packed_linear_bitmap", but(bitmap, at2=words[:, 1:]),
-                  "packed_linear_bitmap: words must have shape (4, 2), got (4, 1)"),
-        "bitmap row_ptr": ("packed_linear_bitmap", but(bitmap, at3=row_ptr[1:]),
-                           "packed_linear_bitmap: row_ptr must have shape (5,), got (4,)"),
-        "integer x": ("packed_linear_bitmap", but(bitmap, at0=p.x.int(), at4=None),
-                      "packed_linear_bitmap: x must be float32, float64, float16 or bfloat16, "
-                      "got Int"),
-        "grad": ("sampled_matmul", [p.grad[1:], p.x, cols, row_ptr],
-                 "sampled_matmul: grad must have shape (3, 4), got (2, 4)"),
-        "empty row_ptr": ("sampled_matmul", [p.grad, p.x, cols, row_ptr[:0]],
-                          "sampled_matmul: row_ptr must not be empty, got (0,)"),
-        "k": ("transpose_csr", [cols, row_ptr, -1],
-              "transpose_csr: k must be at least 0, got -1"),
+        "mask": (
+            "pack_csr",
+            [p.weight, p.mask[:, 1:]],
+            "pack_csr: mask must have shape (4, 20), got (4, 19)",
+        ),
+        "mask dtype": (
+            "pack_bitmap",
+            [p.weight, p.mask.float()],
+            "pack_bitmap: mask must be bool or uint8, got Float",
+        ),
+        "x": (
+            "packed_linear_csr",
+            but(csr, at0=p.x[:, 1:]),
+            "packed_linear_csr: x must have shape (3, 20), got (3, 19)",
+        ),
+        "x rank": (
+            "packed_linear_csr",
+            but(csr, at0=p.x[0]),
+            "packed_linear_csr: x must have 2 dimensions, got shape (20,)",
+        ),
+        "values": (
+            "packed_linear_csr",
+            but(csr, at1=values[1:]),
+            f"packed_linear_csr: values must have shape ({len(values)},), got ({len(values) - 1},)",
+        ),
+        "values dtype": (
+            "packed_linear_csr",
+            but(csr, at1=values.double()),
+            "packed_linear_csr: values must be of x's dtype",
+        ),
+        "cols dtype": (
+            "packed_linear_csr",
+            but(csr, at2=cols.int()),
+            "packed_linear_csr: cols must be int16 for at most 65536 columns, got Int",
+        ),
+        "row_ptr dtype": (
+            "packed_linear_csr",
+            but(csr, at3=row_ptr.int()),
+            "packed_linear_csr: row_ptr must be int64, got Int",
+        ),
+        "row_order": (
+            "packed_linear_csr",
+            but(csr, at4=row_order[1:]),
+            "packed_linear_csr: row_order must have shape (4,), got (3,)",
+        ),
+        "bias": (
+            "packed_linear_csr",
+            but(csr, at5=p.bias[1:]),
+            "packed_linear_csr: bias must have shape (4,), got (3,)",
+        ),
+        "activation": (
+            "packed_linear_csr",
+            but(csr, at7="tanh"),
+            "packed_linear_csr: activation must be one of none, relu, gelu, gelu_tanh, "
+            "silu, got tanh",
+        ),
+        "words": (
+            "packed_linear_bitmap",
+            but(bitmap, at2=words[:, 1:]),
+            "packed_linear_bitmap: words must have shape (4, 2), got (4, 1)",
+        ),
+        "bitmap row_ptr": (
+            "packed_linear_bitmap",
+            but(bitmap, at3=row_ptr[1:]),
+            "packed_linear_bitmap: row_ptr must have shape (5,), got (4,)",
+        ),
+        "integer x": (
+            "packed_linear_bitmap",
+            but(bitmap, at0=p.x.int(), at4=None),
+            "packed_linear_bitmap: x must be float32, float64, float16 or bfloat16, got Int",
+        ),
+        "grad": (
+            "sampled_matmul",
+            [p.grad[1:], p.x, cols, row_ptr],
+            "sampled_matmul: grad must have shape (3, 4), got (2, 4)",
+        ),
+        "empty row_ptr": (
+            "sampled_matmul",
+            [p.grad, p.x, cols, row_ptr[:0]],
+            "sampled_matmul: row_ptr must not be empty, got (0,)",
+        ),
+        "k": ("transpose_csr", [cols, row_ptr, -1], "transpose_csr: k must be at least 0, got -1"),
     }
 
 
