@@ -18,12 +18,29 @@ KEEPS_ZEROS: tuple[type[Optimizer], ...] = (
 )
 
 
-def clear_state(optimizer: Optimizer, off: Mapping[nn.Parameter, Tensor]) -> list[str]:
-    """Zeroes every state tensor of a parameter's shape where the weight is off.
+class StateCleaner:
+    """Clears the state of optimizers, and says once when some of it has to be left alone."""
 
-    Returns the names of state tensors that have some other shape, such as factored moments; the
-    optimizer would not understand zeros in those.
-    """
+    def __init__(self) -> None:
+        self._warned = False
+
+    def clear(self, optimizer: Optimizer, off: Mapping[nn.Parameter, Tensor]) -> None:
+        """Zeroes every state tensor of a parameter's shape where the weight is off."""
+        with torch.no_grad():
+            skipped = _clear(optimizer, off)
+        if skipped and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"sapwood.pruning.Pruner: state {', '.join(skipped)} of "
+                f"{type(optimizer).__name__} does not have the parameter's shape and is left "
+                "alone; the weights themselves stay zero",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def _clear(optimizer: Optimizer, off: Mapping[nn.Parameter, Tensor]) -> list[str]:
+    """Returns the names of state tensors of another shape, such as factored moments."""
     skipped: set[str] = set()
     for parameter, where in off.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -98,13 +115,3 @@ def with_masked_closure(
     if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
         return (args[0], wrap(args[1]), *args[2:]), kwargs
     return None
-
-
-def warn_skipped(keys: list[str], optimizer: Optimizer) -> None:
-    """Says once which state was left alone."""
-    warnings.warn(
-        f"sapwood.pruning.Pruner: state {', '.join(keys)} of {type(optimizer).__name__} does not "
-        "have the parameter's shape and is left alone; the weights themselves stay zero",
-        UserWarning,
-        stacklevel=2,
-    )

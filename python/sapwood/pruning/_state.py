@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Settings:
 
     def to_json(self) -> str:
         """A JSON object."""
-        values = asdict(self)
+        values = self.arguments()
         if isinstance(self.scope, LayerPlan):
             values["scope"] = {"plan": dict(self.scope)}
         return json.dumps(values)

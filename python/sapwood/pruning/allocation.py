@@ -209,9 +209,9 @@ def apportion(
     while len(fixed) < len(ideal):
         free = [i for i in range(len(ideal)) if i not in fixed]
         weight = sum(ideal[i] for i in free)
-        factor = (total - sum(fixed.values())) / weight if weight else 0.0
+        rest = total - sum(fixed.values())
         for i in free:
-            shares[i] = ideal[i] * factor
+            shares[i] = ideal[i] / weight * rest if weight else 0.0
         low = {i: floors[i] for i in free if shares[i] < floors[i]}
         high = {i: caps[i] for i in free if shares[i] > caps[i]}
         if not low and not high:

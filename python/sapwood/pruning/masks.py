@@ -133,10 +133,7 @@ class MaskSet(Mapping[str, Tensor]):
 
         Args:
             model: the model with the sparse weights.
-            include: as in ``dense``.
-            exclude: as in ``dense``.
-            types: as in ``dense``.
-            strict: as in ``dense``.
+            include, exclude, types, strict: as in ``dense``.
 
         Returns:
             Masks on the device of their parameters.
@@ -152,6 +149,18 @@ class MaskSet(Mapping[str, Tensor]):
             if count:
                 raise ValueError(f"{where}: {name} must hold numbers, got {count} NaN values")
         return cls({name: p.detach() != 0 for name, p in chosen.items()}, aliases=aliases)
+
+    @classmethod
+    def from_torch_prune(
+        cls, state_dict: Mapping[str, Tensor], *, keep_orig: bool = False
+    ) -> tuple[MaskSet, dict[str, Tensor]]:
+        """The masks and the plain state dict of a model under ``torch.nn.utils.prune``.
+
+        See ``sapwood.pruning.from_torch_prune``, which this calls.
+        """
+        from sapwood.pruning.interop import from_torch_prune  # it stands on this module
+
+        return from_torch_prune(state_dict, keep_orig=keep_orig)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:
@@ -341,17 +350,20 @@ class MaskSet(Mapping[str, Tensor]):
                 expected, actual = shape_of(mask), shape_of(other[name])
                 raise ValueError(f"{where}: {name} must have shape {expected}, got {actual}")
 
+    def _combine(self, other: MaskSet, operation: str) -> MaskSet:
+        self._require_same(other, f"{_WHERE}.{operation}")
+        return self._like(
+            {n: getattr(mask, operation)(other[n].to(mask.device)) for n, mask in self.items()}
+        )
+
     def __and__(self, other: MaskSet) -> MaskSet:
-        self._require_same(other, f"{_WHERE}.__and__")
-        return self._like({name: m & other[name].to(m.device) for name, m in self.items()})
+        return self._combine(other, "__and__")
 
     def __or__(self, other: MaskSet) -> MaskSet:
-        self._require_same(other, f"{_WHERE}.__or__")
-        return self._like({name: m | other[name].to(m.device) for name, m in self.items()})
+        return self._combine(other, "__or__")
 
     def __xor__(self, other: MaskSet) -> MaskSet:
-        self._require_same(other, f"{_WHERE}.__xor__")
-        return self._like({name: m ^ other[name].to(m.device) for name, m in self.items()})
+        return self._combine(other, "__xor__")
 
     def __invert__(self) -> MaskSet:
         return self._like({name: ~mask for name, mask in self.items()})

@@ -118,7 +118,7 @@ class Pruner:
         self._handles: list[RemovableHandle] = []
         self._off: dict[str, Tensor] = {}
         self._raw_names: dict[str, str] = {}
-        self._warned = False
+        self._cleaner = _optim.StateCleaner()
 
     @property
     def masks(self) -> MaskSet:
@@ -384,20 +384,13 @@ class Pruner:
         changed = chosen != self._masks
         self._masks = chosen
         self._off.clear()
-        self._clear_states()
+        off = {p: self._off_mask(name, p) for name, p in self._parameters().items()}
+        for optimizer in self._optimizers:
+            self._cleaner.clear(optimizer, off)
         self._zero_weights()
         for averaged in self._averaged:
             self._masks.apply_(averaged)
         return changed
-
-    def _clear_states(self) -> None:
-        off = {p: self._off_mask(name, p) for name, p in self._parameters().items()}
-        with torch.no_grad():
-            for optimizer in self._optimizers:
-                skipped = _optim.clear_state(optimizer, off)
-                if skipped and not self._warned:
-                    _optim.warn_skipped(skipped, optimizer)
-                    self._warned = True
 
     def _zero_weights(self) -> None:
         with torch.no_grad():

@@ -335,7 +335,7 @@ def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
         return cls(**parameters)
     except TypeError as error:
         raise ValueError(
-            f"sapwood.pruning.{cls.__name__}: state must be complete: {error}"
+            f"sapwood.pruning.{cls.__name__}: state must fit the constructor: {error}"
         ) from None
 
 
