@@ -179,6 +179,16 @@ def log(op: str, kernel: str, *args: Any) -> None:
         print(line, file=sys.stderr)
 
 
+def native(op: str, run: Callable[..., Any]) -> Backend:
+    """The compiled kernel of an op, for the kinds of device this build has one for."""
+
+    def why_not(x: torch.Tensor, *_: Any) -> str | None:
+        kind = x.device.type
+        return None if has_kernel(op, kind) else f"this build has no {kind} kernel"
+
+    return Backend("native", why_not, run)
+
+
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether the compiled library has a kernel of its own for this kind of device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import Tensor
 from sapwood import _backend, _check
 from sapwood.ops import _dispatch
 from sapwood.ops.masked_matmul import _packed_specs as specs
+from sapwood.ops.masked_matmul import _triton
 from sapwood.ops.masked_matmul._packed_weight import (
     FORMATS,
     TRANSPOSED,
@@ -26,6 +26,18 @@ _NAME = "packed_linear"
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 _check_finite = os.environ.get("SAPWOOD_CHECK_FINITE", "0") == "1"
 _HALVES = (torch.bfloat16, torch.float16)
+
+
+_BITMAP_BACKENDS = (
+    _backend.native("packed_linear_bitmap", specs.packed_linear_bitmap),
+    _backend.Backend("triton", _triton.why_not, _triton.packed_linear_bitmap),
+    _backend.Backend("reference", lambda *_: None, reference.packed_linear_bitmap),
+)
+_SAMPLED_BACKENDS = (
+    _backend.native("sampled_matmul", specs.sampled_matmul),
+    _backend.Backend("triton", _triton.why_not, _triton.sampled_matmul),
+    _backend.Backend("reference", lambda *_: None, reference.sampled_matmul),
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,8 @@ def _run(fmt: str, x: Tensor, packed: PackedWeight, bias: Tensor | None, act: st
     if fmt == "csr":
         return specs.packed_linear_csr(x, *layout, bias, k, act, None, None, None, None)  # type: ignore[no-any-return]
     if fmt == "bitmap":
-        return specs.packed_linear_bitmap(x, *layout, bias, k, act)  # type: ignore[no-any-return]
+        chosen = _backend.choose("packed_linear_bitmap", _BITMAP_BACKENDS, x)
+        return chosen.run(x, *layout, bias, k, act)  # type: ignore[no-any-return]
     return specs.packed_linear_sell(x, *layout, bias, n, k, act)  # type: ignore[no-any-return]
 
 
@@ -213,10 +226,9 @@ def sampled_matmul(grad_output: Tensor, input: Tensor, packed: PackedWeight) -> 
     _check.floating(op, "input", input)
     _check.same_dtype(op, "grad_output", grad_output, "input", input)
     _check.same_device(op, grad_output=grad_output, input=input, packed=packed._any)
-    csr: Any = packed.csr
-    return specs.sampled_matmul(  # type: ignore[no-any-return]
-        as_flat(grad_output, packed.shape[0]),
-        as_flat(input, packed.shape[1]),
-        csr["cols"],
-        csr["row_ptr"],
+    flat, csr = as_flat(input, packed.shape[1]), packed.csr
+    chosen = _backend.choose(op, _SAMPLED_BACKENDS, flat)
+    y: Tensor = chosen.run(
+        as_flat(grad_output, packed.shape[0]), flat, csr["cols"], csr["row_ptr"]
     )
+    return y

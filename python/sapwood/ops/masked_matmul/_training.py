@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sapwood import _backend, _check
-from sapwood.ops.masked_matmul import _specs
+from sapwood.ops.masked_matmul import _specs, _triton
 from sapwood.reference import masked_matmul as reference
 
 _NAME = "masked_matmul"
 _GRADS = ("masked", "dense")
 
 
-def _native_why_not(x: Tensor, *_: Any) -> str | None:
-    if _backend.has_kernel(_NAME, x.device.type):
-        return None
-    return f"this build has no {x.device.type} kernel"
-
-
 _BACKENDS = (
-    _backend.Backend("native", _native_why_not, _specs.masked_matmul),
+    _backend.native(_NAME, _specs.masked_matmul),
+    _backend.Backend("triton", _triton.why_not, _triton.masked_matmul),
     _backend.Backend("reference", lambda *_: None, reference.masked_matmul),
 )
 
