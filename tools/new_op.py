@@ -113,9 +113,8 @@ def main() -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         print(f"wrote {path.relative_to(arguments.root)}")
-    print(
-        f"next: ruff check --fix . && ruff format . && make build && pytest tests/test_{arguments.family}.py"
-    )
+    test = f"tests/test_{arguments.family}.py"
+    print(f"next: ruff check --fix . && ruff format . && make build && pytest {test}")
     return 0
 
 
