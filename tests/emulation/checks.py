@@ -6,6 +6,7 @@ problem whose tensors lie where the ops run. Expected values are plain torch in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ SHAPES: list[Shape] = [
 ]
 DENSITIES = (0.0, 0.1, 0.5, 1.0)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "relu": F.relu,
     "gelu": F.gelu,
@@ -163,7 +164,7 @@ def packed_linear(
     """The packed product of one format, its structure built by the reference."""
     values, *structure = getattr(reference, f"pack_{fmt}")(p.weight, p.mask)
     tail = UNTRANSPOSED if fmt == "csr" else ()
-    return getattr(ops, f"packed_linear_{fmt}")(
+    result: Tensor = getattr(ops, f"packed_linear_{fmt}")(
         p.x,
         values.to(value_dtype or values.dtype),
         *structure,
@@ -172,6 +173,7 @@ def packed_linear(
         activation,
         *tail,
     )
+    return result
 
 
 def check_packed_linear(

@@ -17,7 +17,13 @@ from tests.emulation.checks import ACTIVATIONS, DENSITIES, DTYPES, SHAPES, Shape
 
 pytestmark = pytest.mark.gpu
 
-LARGE: list[Shape] = [(1, 2048, 2048), (8, 1000, 4097), (64, 2048, 2048), (257, 777, 1000)]
+LARGE: list[Shape] = [
+    (1, 2048, 2048),
+    (8, 1000, 4097),
+    (64, 2048, 2048),
+    (257, 777, 1000),
+    (20, 3, 65537),
+]
 BATCHES = (1, 8, 16, 64, 200)
 
 by_shape = pytest.mark.parametrize("shape", SHAPES + LARGE, ids=lambda s: "x".join(map(str, s)))
