@@ -31,10 +31,13 @@ inline int64_t read_back(const int64_t* address, Stream) {
 
 #else
 
-// Makes the tensor's device current until the end of the scope.
+// Makes the tensor's device current until the end of the scope, for torch and for the CUDA runtime
+// inside this library, which is another instance than torch's. Both share the primary context.
 class DeviceScope {
  public:
-  explicit DeviceScope(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {}
+  explicit DeviceScope(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
+    SAPWOOD_CUDA_CHECK(cudaSetDevice(tensor.get_device_index()));
+  }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
