@@ -137,11 +137,11 @@ def test_docstring_examples(
 
 
 def needs_example(value: object) -> bool:
-    """Functions and classes that a user calls; records, protocols and errors explain themselves."""
+    """What a user calls; records, protocols, abstract classes and errors explain themselves."""
     if not inspect.isclass(value):
         return callable(value)
     is_record = dataclasses.is_dataclass(value) or getattr(value, "_is_protocol", False)
-    return not is_record and not issubclass(value, Exception)
+    return not (is_record or inspect.isabstract(value) or issubclass(value, Exception))
 
 
 @pytest.mark.parametrize("package", ["ops", "nn", "pruning"])
