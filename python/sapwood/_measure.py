@@ -52,7 +52,7 @@ class Sampler:
         return (time.perf_counter() - start) / self._repeats
 
     def _gpu_sample(self, flush: torch.Tensor) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         start.record()
         self._call()

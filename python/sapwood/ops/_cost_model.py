@@ -33,17 +33,16 @@ MARGIN = 0.97
 #: and 1.14 to 1.72 times at 16 : 1 (2**22 weights, float32, AVX-512, batches 64 and 256).
 SKEW = 0.1
 
-#: First batch of each bucket: 1, 2-8, 9-31, 32-127, 128-511, 512 and more.
-BUCKETS = (1, 2, 9, 32, 128, 512)
+#: First batch of each bucket; the format is chosen at that batch for the whole bucket. Within a
+#: bucket the first batch wastes the largest share of a panel, so what wins there wins everywhere.
+#: A power of two from 16 on fills its panels, and stands alone.
+BUCKETS = (1, 2, 3, 5, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513)
 
 #: Largest batch each format has a kernel for.
 LARGEST_BATCH = {
     "cpu": {"dense": sys.maxsize, "csr": sys.maxsize, "bitmap": 8, "sell": 8},
     "cuda": {"dense": sys.maxsize, "csr": sys.maxsize, "bitmap": 64},
 }
-
-#: Batches at which useful_formats looks: both ends of every step of the panel kernels.
-_PROBES = (1, 2, 3, 4, 6, 8, 9, 16, 17, 31, 32, 33, 64, 65, 128, 192, 256, 512, 1024, 4096)
 
 #: Changes when the meaning of the file changes; older files are measured anew.
 LAYOUT = 1
@@ -143,15 +142,12 @@ class DispatchTable:
 
 
 def batch_bucket(batch: int) -> int:
-    """Index of the bucket (1, 2-8, 9-31, 32-127, 128-511, 512 and more) that holds ``batch``.
+    """Index of the bucket that holds ``batch``; ``BUCKETS`` has the first batch of each.
 
-    >>> [batch_bucket(b) for b in (1, 8, 9, 511, 512)]
-    [0, 1, 2, 4, 5]
-
-    Args:
-        batch: rows of the input, at least 1 (0 counts as 1: nothing is computed).
+    >>> [batch_bucket(b) for b in (0, 1, 15, 16, 17, 31, 10_000)]
+    [0, 0, 4, 5, 6, 6, 16]
     """
-    return sum(batch >= first for first in BUCKETS[1:])  # plain enough for torch.compile
+    return max(0, bisect_right(BUCKETS, batch) - 1)
 
 
 def batch_units(format: str, batch: int) -> int:
@@ -251,9 +247,9 @@ def useful_formats(
     k: int,
     nnz: int,
     formats: Sequence[str] = FORMATS,
-    batches: Iterable[int] = _PROBES,
+    batches: Iterable[int] = BUCKETS,
 ) -> tuple[str, ...]:
-    """The formats that win for some batch: what a packed weight has to hold to be always fast.
+    """The formats that win in some bucket: what a packed weight has to hold to be always fast.
 
     Args:
         table: the costs.
@@ -261,12 +257,13 @@ def useful_formats(
         k: input features.
         nnz: kept weights.
         formats: those to choose from.
-        batches: the batches that count; by default a grid from 1 to 4096.
+        batches: the batches that count; by default one in every bucket.
 
     Returns:
         A subset of ``formats``, in their order.
     """
-    winners = {choose(table, n, k, nnz, batch, formats)[0] for batch in batches}
+    first = {BUCKETS[batch_bucket(batch)] for batch in batches}
+    winners = {choose(table, n, k, nnz, batch, formats)[0] for batch in first}
     return tuple(name for name in formats if name in winners)
 
 

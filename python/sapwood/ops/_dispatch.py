@@ -142,9 +142,10 @@ def calibrate(
 
     On a machine too busy for it the built-in table is used, with a warning, and nothing is kept.
 
-    >>> table = calibrate(seconds=0.1)
-    >>> sorted(table.surfaces)
-    ['bitmap', 'csr', 'dense', 'sell']
+    Example:
+        >>> table = calibrate(seconds=0.1)
+        >>> sorted(table.surfaces)
+        ['bitmap', 'csr', 'dense', 'sell']
 
     Args:
         seconds: how long to measure; at least three rounds are completed, and up to three times
