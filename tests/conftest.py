@@ -17,9 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data", type=Path, default=None, help="folder of real data sets")
-    parser.addoption(
-        "--emulation-library", type=Path, default=None, help="the built _ops_emu.so"
-    )
+    parser.addoption("--emulation-library", type=Path, default=None, help="the built _ops_emu.so")
 
 
 @pytest.fixture(scope="session")

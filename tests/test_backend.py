@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,6 @@ def test_every_instruction_set_gives_the_same_results(capability: str) -> None:
         env=env,
         capture_output=True,
         text=True,
-        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        cwd=Path(__file__).parents[1],
     )
     assert run.returncode == 0, run.stdout[-3000:]

@@ -19,6 +19,7 @@ from tests.check_op import (
     Sample,
     TraceableBattery,
     floating,
+    layouts_of,
     pytest_generate_tests,  # noqa: F401  parametrises the battery in this module
 )
 
@@ -62,7 +63,9 @@ def each_problem() -> list[tuple[str, frozenset[str], dict[str, Tensor]]]:
 
 
 def samples(
-    make: Callable[[dict[str, Tensor]], tuple[Any, ...]], grad: tuple[int, ...] = (), label: str = ""
+    make: Callable[[dict[str, Tensor]], tuple[Any, ...]],
+    grad: tuple[int, ...] = (),
+    label: str = "",
 ) -> list[Sample]:
     return [Sample(i + label, make(p), grad, tags) for i, tags, p in each_problem()]
 
@@ -325,28 +328,75 @@ def test_offsets_beyond_32_bits(fmt: str) -> None:
     assert float(y.min()) == float(y.max()) == 32.0
 
 
+def test_index_tensors_with_gaps_are_refused() -> None:
+    p = problem(*MAIN, 0.5)
+    values, cols, row_ptr, row_order = structure(p, "csr")
+    gaps = layouts_of(row_ptr)["gaps"]
+    with pytest.raises(RuntimeError, match=r"packed_linear_csr: row_ptr must be contiguous"):
+        torch.ops.sapwood.packed_linear_csr(
+            *(p["x"], values, cols, gaps, row_order, None, MAIN[1], "none"), *NOT_TRANSPOSED
+        )
+
+
 def error_cases() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
     other = torch.ones(4, 7, dtype=torch.bool)
     return [
-        ("mask shape", {"mask": other}, ValueError, "mask must have weight's shape (4, 8), got (4, 7)"),
-        ("mask dtype", {"mask": torch.ones(4, 8).long()}, TypeError,
-         "mask must be torch.bool or torch.uint8 or torch.float32, got torch.int64"),
-        ("mask of another float", {"mask": torch.ones(4, 8).double()}, TypeError,
-         "mask must be torch.bool or torch.uint8 or torch.float32, got torch.float64"),
-        ("weight rank", {"weight": torch.ones(8)}, ValueError,
-         "weight must have 2 dimensions, got shape (8,)"),
-        ("integer weight", {"weight": torch.ones(4, 8).int(), "input": torch.ones(2, 8).int()},
-         TypeError, "weight must be floating point, got torch.int32"),
-        ("input columns", {"input": torch.ones(2, 9)}, ValueError,
-         "input must have a last dimension of 8 (weight's columns), got shape (2, 9)"),
-        ("scalar input", {"input": torch.ones(())}, ValueError,
-         "input must have a last dimension of 8 (weight's columns), got shape ()"),
-        ("input dtype", {"input": torch.ones(2, 8).double()}, TypeError,
-         "input must have weight's dtype torch.float32, got torch.float64"),
+        (
+            "mask shape",
+            {"mask": other},
+            ValueError,
+            "mask must have weight's shape (4, 8), got (4, 7)",
+        ),
+        (
+            "mask dtype",
+            {"mask": torch.ones(4, 8).long()},
+            TypeError,
+            "mask must be torch.bool or torch.uint8 or torch.float32, got torch.int64",
+        ),
+        (
+            "mask of another float",
+            {"mask": torch.ones(4, 8).double()},
+            TypeError,
+            "mask must be torch.bool or torch.uint8 or torch.float32, got torch.float64",
+        ),
+        (
+            "weight rank",
+            {"weight": torch.ones(8)},
+            ValueError,
+            "weight must have 2 dimensions, got shape (8,)",
+        ),
+        (
+            "integer weight",
+            {"weight": torch.ones(4, 8).int(), "input": torch.ones(2, 8).int()},
+            TypeError,
+            "weight must be floating point, got torch.int32",
+        ),
+        (
+            "input columns",
+            {"input": torch.ones(2, 9)},
+            ValueError,
+            "input must have a last dimension of 8 (weight's columns), got shape (2, 9)",
+        ),
+        (
+            "scalar input",
+            {"input": torch.ones(())},
+            ValueError,
+            "input must have a last dimension of 8 (weight's columns), got shape ()",
+        ),
+        (
+            "input dtype",
+            {"input": torch.ones(2, 8).double()},
+            TypeError,
+            "input must have weight's dtype torch.float32, got torch.float64",
+        ),
         ("bias shape", {"bias": torch.ones(5)}, ValueError, "bias must have shape (4,), got (5,)"),
         ("not a tensor", {"mask": [[True]]}, TypeError, "mask must be a tensor, got list"),
-        ("weight_grad", {"weight_grad": "half"}, ValueError,
-         "weight_grad must be one of masked, dense, got 'half'"),
+        (
+            "weight_grad",
+            {"weight_grad": "half"},
+            ValueError,
+            "weight_grad must be one of masked, dense, got 'half'",
+        ),
     ]
 
 

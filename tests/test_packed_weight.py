@@ -185,7 +185,9 @@ def corruptions() -> list[tuple[str, str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("fmt", "name", "corrupt"), corruptions(), ids=[f"{c[1]}-{i}" for i, c in enumerate(corruptions())]
+    ("fmt", "name", "corrupt"),
+    corruptions(),
+    ids=[f"{c[1]}-{i}" for i, c in enumerate(corruptions())],
 )
 def test_corrupted_tensors_are_refused(fmt: str, name: str, corrupt: Any) -> None:
     tensors = pack_sparse(*weight_and_mask(37, 100, 0.7), format=fmt).tensors()
@@ -244,32 +246,80 @@ def packed_errors() -> list[tuple[str, Any, type[Exception], str]]:
     x, packed = torch.ones(2, 8), pack_sparse(torch.ones(4, 8), format="csr")
     mask = torch.ones(4, 7, dtype=torch.bool)
     return [
-        ("columns", lambda: packed_linear(torch.ones(2, 9), packed), ValueError,
-         "packed_linear: input must have a last dimension of 8 (the packed weight's columns), "
-         "got shape (2, 9)"),
-        ("dtype", lambda: packed_linear(x.double(), packed), TypeError,
-         "packed_linear: input must be torch.float32, got torch.float64"),
-        ("bias", lambda: packed_linear(x, packed, torch.ones(3)), ValueError,
-         "packed_linear: bias must have shape (4,), got (3,)"),
-        ("activation", lambda: packed_linear(x, packed, activation="elu"), ValueError,
-         "packed_linear: activation must be one of none, relu, gelu, gelu_tanh, silu, got 'elu'"),
-        ("weight", lambda: packed_linear(x, torch.ones(4, 8)), TypeError,
-         "packed_linear: packed must be a PackedWeight, got Tensor"),
-        ("format", lambda: pack_sparse(torch.ones(4, 8), format="coo"), ValueError,
-         "pack_sparse: format must be one of auto, dense, bitmap, csr, sell, got 'coo'"),
-        ("keep", lambda: pack_sparse(torch.ones(4, 8), keep="all"), ValueError,
-         "pack_sparse: keep must be one of speed, memory, got 'all'"),
-        ("mask", lambda: pack_sparse(torch.ones(4, 8), mask), ValueError,
-         "pack_sparse: mask must have weight's shape (4, 8), got (4, 7)"),
-        ("mask dtype", lambda: pack_sparse(torch.ones(4, 8), torch.ones(4, 8)), TypeError,
-         "pack_sparse: mask must be torch.bool or torch.uint8, got torch.float32"),
-        ("integer", lambda: pack_sparse(torch.ones(4, 8).int()), TypeError,
-         "pack_sparse: weight must be floating point, got torch.int32"),
-        ("values", lambda: packed.with_values(torch.ones(3)), ValueError,
-         "PackedWeight.with_values: values must have shape (32,), got (3,)"),
-        ("sampled", lambda: sapwood.ops.sampled_matmul(torch.ones(2, 5), x, packed), ValueError,
-         "sampled_matmul: grad_output must have a last dimension of 4 (the packed weight's rows), "
-         "got shape (2, 5)"),
+        (
+            "columns",
+            lambda: packed_linear(torch.ones(2, 9), packed),
+            ValueError,
+            "packed_linear: input must have a last dimension of 8 (the packed weight's columns), "
+            "got shape (2, 9)",
+        ),
+        (
+            "dtype",
+            lambda: packed_linear(x.double(), packed),
+            TypeError,
+            "packed_linear: input must be torch.float32, got torch.float64",
+        ),
+        (
+            "bias",
+            lambda: packed_linear(x, packed, torch.ones(3)),
+            ValueError,
+            "packed_linear: bias must have shape (4,), got (3,)",
+        ),
+        (
+            "activation",
+            lambda: packed_linear(x, packed, activation="elu"),
+            ValueError,
+            "packed_linear: activation must be one of none, relu, gelu, gelu_tanh, silu, got 'elu'",
+        ),
+        (
+            "weight",
+            lambda: packed_linear(x, torch.ones(4, 8)),
+            TypeError,
+            "packed_linear: packed must be a PackedWeight, got Tensor",
+        ),
+        (
+            "format",
+            lambda: pack_sparse(torch.ones(4, 8), format="coo"),
+            ValueError,
+            "pack_sparse: format must be one of auto, dense, bitmap, csr, sell, got 'coo'",
+        ),
+        (
+            "keep",
+            lambda: pack_sparse(torch.ones(4, 8), keep="all"),
+            ValueError,
+            "pack_sparse: keep must be one of speed, memory, got 'all'",
+        ),
+        (
+            "mask",
+            lambda: pack_sparse(torch.ones(4, 8), mask),
+            ValueError,
+            "pack_sparse: mask must have weight's shape (4, 8), got (4, 7)",
+        ),
+        (
+            "mask dtype",
+            lambda: pack_sparse(torch.ones(4, 8), torch.ones(4, 8)),
+            TypeError,
+            "pack_sparse: mask must be torch.bool or torch.uint8, got torch.float32",
+        ),
+        (
+            "integer",
+            lambda: pack_sparse(torch.ones(4, 8).int()),
+            TypeError,
+            "pack_sparse: weight must be floating point, got torch.int32",
+        ),
+        (
+            "values",
+            lambda: packed.with_values(torch.ones(3)),
+            ValueError,
+            "PackedWeight.with_values: values must have shape (32,), got (3,)",
+        ),
+        (
+            "sampled",
+            lambda: sapwood.ops.sampled_matmul(torch.ones(2, 5), x, packed),
+            ValueError,
+            "sampled_matmul: grad_output must have a last dimension of 4 "
+            "(the packed weight's rows), got shape (2, 5)",
+        ),
     ]
 
 

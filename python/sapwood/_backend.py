@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from sapwood import _check
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 NAMES = ("auto", "native", "triton", "dense", "reference")
 
 
@@ -56,10 +57,10 @@ class Explanation:
 _explainers: dict[str, Callable[..., Explanation]] = {}
 
 
-def explainable(explainer: Callable[..., Explanation]) -> Callable[[Any], Any]:
+def explainable(explainer: Callable[..., Explanation]) -> Callable[[_F], _F]:
     """Decorates a public op with the function that explains a call of it."""
 
-    def decorate(function: Any) -> Any:
+    def decorate(function: _F) -> _F:
         _explainers[function.__name__] = explainer
         return function
 

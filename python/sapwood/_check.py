@@ -1,4 +1,4 @@
-"""Argument checks with one wording: ``sapwood.<op>: <argument> must <expectation>, got <actual>``."""
+"""Argument checks, all worded ``sapwood.<op>: <argument> must <expectation>, got <actual>``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def values_are_checked() -> bool:
     return _check_values
 
 
-def fail(kind: type[Exception], op: str, argument: str, expectation: str, actual: object) -> NoReturn:
+def fail(
+    kind: type[Exception], op: str, argument: str, expectation: str, actual: object
+) -> NoReturn:
     raise kind(f"sapwood.{op}: {argument} must {expectation}, got {actual}")
 
 

@@ -89,13 +89,17 @@ def define_op(spec: OpSpec) -> Callable[..., Any]:
             return spec.vmap(UnderTransforms.apply, info, in_dims, *args)
 
     def call(*args: Any) -> Any:
-        return UnderTransforms.apply(*args) if transforms_active() else op(*args)
+        if transforms_active():
+            return UnderTransforms.apply(*args)  # type: ignore[no-untyped-call]
+        return op(*args)
 
     _callables[spec.name] = call
     return call
 
 
-def loop_over_batch(call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+def loop_over_batch(
+    call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> Any:
     """The vmap rule of last resort: one call per batch element, results stacked in front."""
     results = [
         call(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))

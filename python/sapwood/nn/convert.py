@@ -44,9 +44,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     """Linear layers by name; exact types, since a subclass may compute something else."""
-    found = [
-        (name, m) for name, m in model.named_modules() if type(m) in (nn.Linear, MaskedLinear)
-    ]
+    found = [(name, m) for name, m in model.named_modules() if type(m) in (nn.Linear, MaskedLinear)]
     if any(name == "" for name, _ in found):
         raise ValueError(
             "sapwood.to_sparse: model must contain linear layers, got a linear layer itself; "

@@ -1,4 +1,4 @@
-"""Modules over the masked_matmul ops: masked layers for training, packed ones once masks are fixed."""
+"""Masked layers for training, packed ones once the masks are fixed."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class MaskedLinear(nn.Linear):
 
         layer = sapwood.nn.MaskedLinear.from_linear(nn.Linear(64, 32), torch.rand(32, 64) > 0.9)
 
-    The buffer ``mask`` ((out, in) bool, True keeps) is saved with the module. In evaluation, without
-    gradients, the masked weight is computed once and kept until weight or mask changes.
+    The buffer ``mask`` ((out, in) bool, True keeps) is saved with the module. In evaluation and
+    without gradients, the masked weight is computed once and kept until weight or mask changes.
 
     Args:
         in_features: K.
@@ -128,7 +128,8 @@ class MaskedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = torch.where(self.mask, self.weight, 0.0)  # NaN in a masked entry must not leak
-        return self._conv_forward(input, weight, self.bias)
+        y: Tensor = self._conv_forward(input, weight, self.bias)
+        return y
 
 
 class SparseLinear(nn.Module):
@@ -230,7 +231,7 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         self._inference = None  # it lies on the old device or has the old dtype
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -9,6 +9,8 @@ K the input features, N the output features, nnz the number of kept weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,7 @@ REACH = 31  # columns a SELL step can address
 ABSENT = 31  # SELL index of a row that has no entry in a step
 CHUNK = 128  # rows that are ordered by length together
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "relu": F.relu,
     "gelu": F.gelu,
@@ -156,7 +158,7 @@ def _row_order(lengths: Tensor) -> Tensor:
     return torch.argsort(key, stable=True).to(torch.int32)
 
 
-# SELL: slices of 64 rows advance together, in steps that reach 31 columns ---------------------------
+# SELL: slices of 64 rows advance together, in steps that reach 31 columns -------------------------
 
 
 def pack_sell(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -184,9 +184,7 @@ def packed_linear(
     _checked(x, packed, b, activation)
     flat = as_flat(x, packed.shape[1])
     needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad
-        or packed._any.requires_grad
-        or (b is not None and b.requires_grad)
+        x.requires_grad or packed._any.requires_grad or (b is not None and b.requires_grad)
     )
     if needs_grad:
         y = _differentiable(flat, packed, b, activation)
@@ -228,7 +226,5 @@ def sampled_matmul(grad_output: Tensor, input: Tensor, packed: PackedWeight) -> 
     _check.same_device(op, grad_output=grad_output, input=input, packed=packed._any)
     flat, csr = as_flat(input, packed.shape[1]), packed.csr
     chosen = _backend.choose(op, _SAMPLED_BACKENDS, flat)
-    y: Tensor = chosen.run(
-        as_flat(grad_output, packed.shape[0]), flat, csr["cols"], csr["row_ptr"]
-    )
+    y: Tensor = chosen.run(as_flat(grad_output, packed.shape[0]), flat, csr["cols"], csr["row_ptr"])
     return y

@@ -15,9 +15,7 @@ from sapwood.reference import masked_matmul as reference
 # packing ------------------------------------------------------------------------------------------
 
 
-def _no_vmap(
-    call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any
-) -> NoReturn:
+def _no_vmap(call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> NoReturn:
     raise NotImplementedError(
         "sapwood.pack_sparse: masks of a vmapped batch keep different numbers of weights; "
         "pack each weight outside of vmap"
@@ -74,9 +72,7 @@ def _fake_transpose_csr(cols: Tensor, row_ptr: Tensor, k: int) -> tuple[Tensor, 
     )
 
 
-pack_csr = define_op(
-    OpSpec("pack_csr", FAMILY, _fake_pack_csr, reference.pack_csr, vmap=_no_vmap)
-)
+pack_csr = define_op(OpSpec("pack_csr", FAMILY, _fake_pack_csr, reference.pack_csr, vmap=_no_vmap))
 pack_bitmap = define_op(
     OpSpec("pack_bitmap", FAMILY, _fake_pack_bitmap, reference.pack_bitmap, vmap=_no_vmap)
 )
@@ -121,8 +117,8 @@ def _fake_sell(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _setup_csr(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, cols, row_ptr, row_order, _, ctx.k, ctx.activation, *transposed = inputs
-    ctx.save_for_backward(x, values, cols, row_ptr, row_order, *transposed)
+    x, values, cols, row_ptr, _, _, ctx.k, ctx.activation, *transposed = inputs
+    ctx.save_for_backward(x, values, cols, row_ptr, *transposed)
 
 
 def _backward_csr(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -131,7 +127,7 @@ def _backward_csr(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             f"sapwood.packed_linear_csr: no gradient through a fused {ctx.activation}; "
             "call it with activation 'none' and apply the activation afterwards"
         )
-    x, values, cols, row_ptr, row_order, *transposed = ctx.saved_tensors
+    x, values, cols, row_ptr, *transposed = ctx.saved_tensors
     need_x, need_values = ctx.needs_input_grad[:2]
     grad_x = grad_values = None
     if need_x:

@@ -85,9 +85,7 @@ class PackedWeight:
 
     def nbytes(self) -> int:
         """Bytes of all tensors held; what two formats share counts once."""
-        held = {
-            t.data_ptr(): t.nbytes for layout in self.layouts.values() for t in layout.values()
-        }
+        held = {t.data_ptr(): t.nbytes for layout in self.layouts.values() for t in layout.values()}
         return sum(held.values())
 
     @property

@@ -116,7 +116,8 @@ def masked_matmul(
         if name != "bias" or value is not None:
             _check.tensor(_NAME, name, value)
     x, w, b = autocast(input, weight, bias)
-    assert x is not None and w is not None
+    assert x is not None
+    assert w is not None
     _checked(x, w, mask, b, weight_grad)
     if mask.is_floating_point():
         return F.linear(x, w * mask.to(w.dtype), b)

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sapwood import _register, triton_kernels
+from sapwood import _register
 
+# Typed loosely: mypy does not see the folder that is installed as sapwood.triton_kernels.
+_kernels: Any = importlib.import_module("sapwood.triton_kernels")
 _library = torch.library.Library("sapwood", "FRAGMENT")
 _WITHOUT_NAMESPACE = len("sapwood::")
 
 
 def why_not(x: Tensor, *_: Any) -> str | None:
     """Why Triton cannot compute a product of ``x``; None when it can."""
-    return triton_kernels.why_not(x.device.type, x.dtype, device_index=x.device.index)
+    reason: str | None = _kernels.why_not(x.device.type, x.dtype, device_index=x.device.index)
+    return reason
 
 
 def _masked_matmul(
     x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_weight_grad: bool
 ) -> Tensor:
-    return triton_kernels.masked_matmul.masked_matmul(x, weight, mask, bias)  # type: ignore[no-any-return]
+    y: Tensor = _kernels.masked_matmul.masked_matmul(x, weight, mask, bias)
+    return y
 
 
 def _packed_linear_bitmap(*args: Any) -> Tensor:
-    return triton_kernels.masked_matmul.packed_linear_bitmap(*args)  # type: ignore[no-any-return]
+    y: Tensor = _kernels.masked_matmul.packed_linear_bitmap(*args)
+    return y
 
 
 def _sampled_matmul(*args: Any) -> Tensor:
-    return triton_kernels.masked_matmul.sampled_matmul(*args)  # type: ignore[no-any-return]
+    values: Tensor = _kernels.masked_matmul.sampled_matmul(*args)
+    return values
 
 
 def _define(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Any]:

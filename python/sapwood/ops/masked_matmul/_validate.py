@@ -114,9 +114,7 @@ def _check_sell(layout: Layout, shape: tuple[int, int]) -> None:
     _check_shape("sell.index", index, (steps, reference.SLICE), torch.uint8)
     _check_pointer("sell.slice_ptr", layout["slice_ptr"], slices, steps)
     _require(bool((index <= reference.ABSENT).all()), f"sell.index must be <= {reference.ABSENT}")
-    _require(
-        bool(((window >= 0) & (window < k)).all()), f"sell.window must lie in 0..{k - 1}"
-    )
+    _require(bool(((window >= 0) & (window < k)).all()), f"sell.window must lie in 0..{k - 1}")
     rows, columns = reference.sell_positions(index, window, layout["slice_ptr"])
     _require(
         bool((rows < n).all())
