@@ -31,8 +31,8 @@ inline void check_shape(const char* op, const char* argument, const torch::stabl
   for (size_t i = 0; same && i < expected.size(); ++i) {
     same = t.size(static_cast<int64_t>(i)) == expected[i];
   }
-  STD_TORCH_CHECK(same, "sapwood.", op, ": ", argument, " must have shape ",
-                  shape_text(expected), ", got ", shape_text(t.sizes()));
+  STD_TORCH_CHECK(same, "sapwood.", op, ": ", argument, " must have shape ", shape_text(expected),
+                  ", got ", shape_text(t.sizes()));
 }
 
 inline void check_dtype(const char* op, const char* argument, const torch::stable::Tensor& t,

@@ -32,7 +32,9 @@ SAPWOOD_INLINE float exp(float x) {
   const int32_t half = exponent >> 1;  // two factors: the result may be subnormal
   return scale_by_power_of_two(scale_by_power_of_two(y, half), exponent - half);
 }
-SAPWOOD_INLINE double exp(double x) { return std::exp(x); }
+SAPWOOD_INLINE double exp(double x) {
+  return std::exp(x);
+}
 
 // ln x within 2 ulp; log(0) = -inf, log(inf) = inf, NaN below 0; subnormal arguments are exact.
 SAPWOOD_INLINE float log(float x) {
@@ -58,7 +60,9 @@ SAPWOOD_INLINE float log(float x) {
   y = x == INFINITY ? x : y;
   return x != x ? x : y;
 }
-SAPWOOD_INLINE double log(double x) { return std::log(x); }
+SAPWOOD_INLINE double log(double x) {
+  return std::log(x);
+}
 
 // 1 - erf(z) for z >= 0, relative error below 1e-6 (the exponent z^2 is rounded once).
 SAPWOOD_INLINE float erfc_of_nonnegative(float z) {
@@ -93,7 +97,9 @@ SAPWOOD_INLINE float gelu(float x) {
   const float tail = 0.5f * erfc_of_nonnegative(z < 0.0f ? -z : z);
   return x * (z < 0.0f ? tail : 1.0f - tail);
 }
-SAPWOOD_INLINE double gelu(double x) { return 0.5 * x * std::erfc(-x * 0.70710678118654752440); }
+SAPWOOD_INLINE double gelu(double x) {
+  return 0.5 * x * std::erfc(-x * 0.70710678118654752440);
+}
 
 // The tanh form of gelu: 1 + tanh(u) = 2 sigmoid(2 u).
 template <class T>

@@ -39,22 +39,24 @@ void parallel_weighted(int64_t tasks, double grain, const Weight& weight_before,
   const double total = weight_before(tasks);
   const double affordable = std::max(1.0, total / grain);
   const double available = static_cast<double>(torch::stable::get_num_threads());
-  const int64_t parts =
-      std::min(tasks, static_cast<int64_t>(std::min(affordable, available)));
+  const int64_t parts = std::min(tasks, static_cast<int64_t>(std::min(affordable, available)));
   if (parts <= 1) {
     for (int64_t t = 0; t < tasks; ++t) f(t);
     return;
   }
-  const auto border = [&](int64_t part) {  // first task whose weight_before reaches the part's share
-    const double share = total * static_cast<double>(part) / static_cast<double>(parts);
-    int64_t low = 0, high = tasks;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (weight_before(middle) < share) low = middle + 1;
-      else high = middle;
-    }
-    return low;
-  };
+  const auto border =
+      [&](int64_t part) {  // first task whose weight_before reaches the part's share
+        const double share = total * static_cast<double>(part) / static_cast<double>(parts);
+        int64_t low = 0, high = tasks;
+        while (low < high) {
+          const int64_t middle = (low + high) / 2;
+          if (weight_before(middle) < share)
+            low = middle + 1;
+          else
+            high = middle;
+        }
+        return low;
+      };
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     const int64_t last = end == parts ? tasks : border(end);
     for (int64_t t = begin == 0 ? 0 : border(begin); t < last; ++t) f(t);

@@ -53,34 +53,51 @@ inline Isa isa() {
 
 #if defined(__x86_64__)
 #define SAPWOOD_TARGET_AVX2 __attribute__((target("avx2,fma,bmi,popcnt")))
-#define SAPWOOD_TARGET_AVX512                                                           \
-  __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2,popcnt,"  \
-                        "prefer-vector-width=512")))
+#define SAPWOOD_TARGET_AVX512                                               \
+  __attribute__((                                                           \
+      target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2,popcnt," \
+             "prefer-vector-width=512")))
 // Defines `name params`, which runs `name_body args` compiled for isa(). The body is an
 // always_inline function without lambdas: a lambda does not inherit the target.
-#define SAPWOOD_SIMD(name, params, args)                                      \
-  namespace name##_isa {                                                      \
-  SAPWOOD_TARGET_AVX2 inline void avx2 params { name##_body args; }           \
-  SAPWOOD_TARGET_AVX512 inline void avx512 params { name##_body args; }       \
-  inline void base params { name##_body args; }                               \
-  }                                                                           \
-  inline void name params {                                                   \
-    switch (::sapwood::isa()) {                                               \
-      case ::sapwood::Isa::avx512: return name##_isa::avx512 args;            \
-      case ::sapwood::Isa::avx2: return name##_isa::avx2 args;                \
-      default: return name##_isa::base args;                                  \
-    }                                                                         \
+#define SAPWOOD_SIMD(name, params, args)              \
+  namespace name##_isa {                              \
+    SAPWOOD_TARGET_AVX2 inline void avx2 params {     \
+      name##_body args;                               \
+    }                                                 \
+    SAPWOOD_TARGET_AVX512 inline void avx512 params { \
+      name##_body args;                               \
+    }                                                 \
+    inline void base params {                         \
+      name##_body args;                               \
+    }                                                 \
+  }                                                   \
+  inline void name params {                           \
+    switch (::sapwood::isa()) {                       \
+      case ::sapwood::Isa::avx512:                    \
+        return name##_isa::avx512 args;               \
+      case ::sapwood::Isa::avx2:                      \
+        return name##_isa::avx2 args;                 \
+      default:                                        \
+        return name##_isa::base args;                 \
+    }                                                 \
   }
 // Calls isa_avx512::call, isa_avx2::call or isa_base::call: functions of files that went through
 // foreach_isa.h.
-#define SAPWOOD_ISA_CALL(...)                                           \
-  switch (::sapwood::isa()) {                                           \
-    case ::sapwood::Isa::avx512: isa_avx512::__VA_ARGS__; break;        \
-    case ::sapwood::Isa::avx2: isa_avx2::__VA_ARGS__; break;            \
-    default: isa_base::__VA_ARGS__;                                     \
+#define SAPWOOD_ISA_CALL(...)    \
+  switch (::sapwood::isa()) {    \
+    case ::sapwood::Isa::avx512: \
+      isa_avx512::__VA_ARGS__;   \
+      break;                     \
+    case ::sapwood::Isa::avx2:   \
+      isa_avx2::__VA_ARGS__;     \
+      break;                     \
+    default:                     \
+      isa_base::__VA_ARGS__;     \
   }
 #else
 #define SAPWOOD_SIMD(name, params, args) \
-  inline void name params { name##_body args; }
+  inline void name params {              \
+    name##_body args;                    \
+  }
 #define SAPWOOD_ISA_CALL(...) isa_base::__VA_ARGS__
 #endif

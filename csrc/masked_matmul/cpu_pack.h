@@ -45,8 +45,7 @@ inline Rows pack_rows(const char* op, const DenseSource& source, bool want_cols)
   const int64_t* ends = data<int64_t>(row_ptr);
   const int64_t nnz = ends[source.n], k = source.k;
   const Tensor values = torch::stable::new_empty(source.weight, {nnz});
-  const Tensor cols =
-      torch::stable::new_empty(source.weight, {want_cols ? nnz : 0}, index_type(k));
+  const Tensor cols = torch::stable::new_empty(source.weight, {want_cols ? nnz : 0}, index_type(k));
   const uint8_t* mask = data<uint8_t>(source.mask);
   with_bits(op, source.weight, [&](auto bits) {
     using Bits = decltype(bits);
@@ -59,8 +58,8 @@ inline Rows pack_rows(const char* op, const DenseSource& source, bool want_cols)
         const Scratch<Bits> row_values(k + 1);
         const Scratch<Index> row_cols(k + 1);
         for (int64_t row = first; row < last; ++row) {
-          const int64_t count = compact_row(weight + row * k, mask + row * k, k, row_values.get(),
-                                            row_cols.get());
+          const int64_t count =
+              compact_row(weight + row * k, mask + row * k, k, row_values.get(), row_cols.get());
           std::copy_n(row_values.get(), count, all_values + ends[row]);
           if (want_cols) std::copy_n(row_cols.get(), count, all_cols + ends[row]);
         }
@@ -137,8 +136,8 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> pack_sell(const Tensor& weight
       index = torch::stable::new_empty(source.weight, {steps, kSliceRows}, ScalarType::Byte);
       window = torch::stable::new_empty(source.weight, {steps}, ScalarType::Int);
       schedule_slices<Bits, Index>(rows, source.n, ends, mutable_data<Bits>(values),
-                               mutable_data<uint8_t>(index), mutable_data<int32_t>(window),
-                               nullptr);
+                                   mutable_data<uint8_t>(index), mutable_data<int32_t>(window),
+                                   nullptr);
     });
   });
   return {values, index, window, slice_ptr};

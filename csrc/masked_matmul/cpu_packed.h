@@ -16,11 +16,11 @@ class Panels {
     const T* data;
   };
 
-  Panels(const Tensor& x, int64_t widest_k)
+  explicit Panels(const Tensor& x)
       : rows_(x.size(0)), columns_(x.size(1)), buffer_((rows_ + kMaxPanel) * columns_) {
     T* at = buffer_.get();
     for (int64_t b = 0; b < rows_;) {
-      const int64_t width = panel_width(rows_ - b, widest_k, sizeof(T));
+      const int64_t width = panel_width(rows_ - b);
       panels_.push_back({b, std::min(width, rows_ - b), width, at});
       at += width * columns_;
       b += width;
@@ -76,8 +76,7 @@ void for_each_chunk(const Panels<T>& panels, const int64_t* row_ptr, int64_t n,
     const int64_t first = task % chunks * kChunkRows, rows = std::min(kChunkRows, n - first);
     alignas(64) T sums[kChunkRows * kMaxPanel];
     chunk(first, rows, panel, sums);
-    SAPWOOD_ISA_CALL(
-        store_sums(sums, panel.width, rows, first, panel.b0, panel.batch, out));
+    SAPWOOD_ISA_CALL(store_sums(sums, panel.width, rows, first, panel.b0, panel.batch, out));
   });
 }
 
@@ -100,8 +99,13 @@ inline LinearCall linear_call(const char* op, const Tensor& x, const std::option
   check_shape(op, "input", x, {x.size(0), k});
   if (bias.has_value()) check_shape(op, "bias", *bias, {n});
   const ScalarType type = compute_type(x.scalar_type());
-  LinearCall call{contiguous_as(x, type), torch::stable::new_empty(x, {x.size(0), n}, type),
-                  std::nullopt, parse_activation(op, activation), x.size(0), n, k};
+  LinearCall call{contiguous_as(x, type),
+                  torch::stable::new_empty(x, {x.size(0), n}, type),
+                  std::nullopt,
+                  parse_activation(op, activation),
+                  x.size(0),
+                  n,
+                  k};
   if (bias.has_value()) call.bias = contiguous_as(*bias, type);
   return call;
 }
@@ -118,8 +122,10 @@ inline void check_rows(const char* op, const Tensor& values, const Tensor& row_p
                   values.numel(), ", the number of values");
 }
 
+// row_order is for devices: here rows run in storage order, which the hardware prefetches (10 to 30 %
+// faster than by length). The tensors of the transposed structure are for the backward.
 inline Tensor packed_linear_csr(const Tensor& x, const Tensor& values, const Tensor& cols,
-                                const Tensor& row_ptr, const Tensor& row_order,
+                                const Tensor& row_ptr, const Tensor&,
                                 const std::optional<Tensor>& bias, int64_t k,
                                 const std::string& activation, const std::optional<Tensor>&,
                                 const std::optional<Tensor>&, const std::optional<Tensor>&,
@@ -128,20 +134,16 @@ inline Tensor packed_linear_csr(const Tensor& x, const Tensor& values, const Ten
   const int64_t n = row_ptr.numel() - 1;
   check_rows(op, values, row_ptr, n);
   check_shape(op, "cols", cols, {values.numel()});
-  check_shape(op, "row_order", row_order, {n});
-  check_dtype(op, "row_order", row_order, row_order.scalar_type() == ScalarType::Int, "int32");
   const LinearCall call = linear_call(op, x, bias, n, k, activation);
   const Tensor v = contiguous_as(values, values.scalar_type());
   const Tensor c = contiguous_as(cols, cols.scalar_type());
-  const Tensor order = contiguous_as(row_order, ScalarType::Int);
   with_types(op, x.scalar_type(), values.scalar_type(), [&](auto t, auto value) {
     using T = decltype(t);
     using Value = decltype(value);
     with_index(op, cols.scalar_type(), [&](auto index) {
       using Index = decltype(index);
-      const Csr<Value, Index> w{data<Value>(v), data<Index>(c), data<int64_t>(row_ptr),
-                                data<int32_t>(order), n, k};
-      const Panels<T> panels(call.x, k);
+      const Csr<Value, Index> w{data<Value>(v), data<Index>(c), data<int64_t>(row_ptr), n, k};
+      const Panels<T> panels(call.x);
       for_each_chunk(panels, w.row_ptr, n, call.output<T>(),
                      [&](int64_t first, int64_t rows, const auto& panel, T* sums) {
                        const Scratch<T> scratch(std::is_same_v<T, Value> ? 0 : k);
@@ -178,7 +180,8 @@ void bitmap_small_batch(const Bitmap<Value>& w, const LinearCall& call) {
   const int64_t tasks = (w.n + rows_per_task - 1) / rows_per_task;
   const auto before = [&](int64_t task) {
     const int64_t row = std::min(w.n, task * rows_per_task);
-    return static_cast<double>(padded) * (work_before(w.row_ptr, row) + 4.0 * row * w.words_per_row());
+    return static_cast<double>(padded) *
+           (work_before(w.row_ptr, row) + 4.0 * row * w.words_per_row());
   };
   parallel_weighted(tasks, kTaskGrain, before, [&](int64_t task) {
     const int64_t first = task * rows_per_task, rows = std::min(rows_per_task, w.n - first);
@@ -187,10 +190,14 @@ void bitmap_small_batch(const Bitmap<Value>& w, const LinearCall& call) {
       kernel(w, first, rows, x.get(), stride, 0, call.b, scratch.get(), out);
     };
     switch (padded) {
-      case 1: return run(isa_avx512::bitmap_rows<1, Value>);
-      case 2: return run(isa_avx512::bitmap_rows<2, Value>);
-      case 4: return run(isa_avx512::bitmap_rows<4, Value>);
-      default: return run(isa_avx512::bitmap_rows<8, Value>);
+      case 1:
+        return run(isa_avx512::bitmap_rows<1, Value>);
+      case 2:
+        return run(isa_avx512::bitmap_rows<2, Value>);
+      case 4:
+        return run(isa_avx512::bitmap_rows<4, Value>);
+      default:
+        return run(isa_avx512::bitmap_rows<8, Value>);
     }
   });
 }
@@ -216,7 +223,7 @@ inline Tensor packed_linear_bitmap(const Tensor& x, const Tensor& values, const 
       if (isa() == Isa::avx512 && call.b > 0 && call.b <= 8) return bitmap_small_batch(w, call);
     }
 #endif
-    const Panels<T> panels(call.x, k);
+    const Panels<T> panels(call.x);
     for_each_chunk(panels, w.row_ptr, n, call.output<T>(),
                    [&](int64_t first, int64_t rows, const auto& panel, T* sums) {
                      const Scratch<int32_t> cols(k + kWordBits);
@@ -241,12 +248,13 @@ inline Tensor packed_linear_sell(const Tensor& x, const Tensor& values, const Te
   check_rows(op, window, slice_ptr, slices);
   const LinearCall call = linear_call(op, x, bias, n, k, activation);
   const Tensor v = contiguous_as(values, values.scalar_type());
-  const Tensor i = contiguous_as(index, ScalarType::Byte), win = contiguous_as(window, ScalarType::Int);
+  const Tensor i = contiguous_as(index, ScalarType::Byte),
+               win = contiguous_as(window, ScalarType::Int);
   with_types(op, x.scalar_type(), values.scalar_type(), [&](auto t, auto value) {
     using T = decltype(t);
     using Value = decltype(value);
-    const Sell<Value> w{data<Value>(v), data<uint8_t>(i), data<int32_t>(win),
-                        data<int64_t>(slice_ptr), n, k};
+    const Sell<Value> w{
+        data<Value>(v), data<uint8_t>(i), data<int32_t>(win), data<int64_t>(slice_ptr), n, k};
     const int64_t stride = k + kWindow + 1;
     const Scratch<T> padded = padded_rows<T>(call.x, call.b, stride);
     const Output<T> out = call.output<T>();
@@ -278,8 +286,8 @@ inline Tensor sampled_matmul(const Tensor& grad, const Tensor& x, const Tensor& 
   with_types(op, type, type, [&](auto t, auto) {
     using T = decltype(t);
     if (x.size(0) == 0) return std::fill_n(mutable_data<T>(out), nnz, T(0)), void();
-    const Panels<T> activations(contiguous_as(x, type), std::max(k, n));
-    const Panels<T> gradients(contiguous_as(grad, type), std::max(k, n));
+    const Panels<T> activations(contiguous_as(x, type));
+    const Panels<T> gradients(contiguous_as(grad, type));
     const int64_t* ends = data<int64_t>(row_ptr);
     with_index(op, cols.scalar_type(), [&](auto index) {
       using Index = decltype(index);
@@ -291,7 +299,7 @@ inline Tensor sampled_matmul(const Tensor& grad, const Tensor& x, const Tensor& 
         const int64_t first = task * kChunkRows, rows = std::min(kChunkRows, n - first);
         for (size_t p = 0; p < activations.all().size(); ++p) {
           const auto& panel = activations.all()[p];
-          SAPWOOD_ISA_CALL(sampled_rows_of(gradients.all()[p].data, panel.data, panel.width,
+          SAPWOOD_ISA_CALL(sampled_rows_of(gradients.all()[p].data, panel.data, panel.width, k,
                                            data<Index>(c), ends, first, rows, nnz, p > 0,
                                            mutable_data<T>(out)));
         }

@@ -74,13 +74,17 @@ template <class F>
 void with_types(const char* op, ScalarType x, ScalarType values, const F& f) {
   STD_TORCH_CHECK(x == values || (x == ScalarType::Float && is_half(values)), "sapwood.", op,
                   ": values must have input's dtype, or be float16 or bfloat16 for a float32 input,"
-                  " got ", torch::headeronly::toString(values), " for ",
-                  torch::headeronly::toString(x));
+                  " got ",
+                  torch::headeronly::toString(values), " for ", torch::headeronly::toString(x));
   switch (values) {
-    case ScalarType::Double: return f(double{}, double{});
-    case ScalarType::Float: return f(float{}, float{});
-    case ScalarType::BFloat16: return f(float{}, BFloat16{});
-    case ScalarType::Half: return f(float{}, Float16{});
+    case ScalarType::Double:
+      return f(double{}, double{});
+    case ScalarType::Float:
+      return f(float{}, float{});
+    case ScalarType::BFloat16:
+      return f(float{}, BFloat16{});
+    case ScalarType::Half:
+      return f(float{}, Float16{});
     default:
       STD_TORCH_CHECK(false, "sapwood.", op, ": values must be floating point, got ",
                       torch::headeronly::toString(values));
@@ -91,9 +95,12 @@ void with_types(const char* op, ScalarType x, ScalarType values, const F& f) {
 template <class F>
 void with_bits(const char* op, const Tensor& t, const F& f) {
   switch (t.element_size()) {
-    case 2: return f(uint16_t{});
-    case 4: return f(uint32_t{});
-    case 8: return f(uint64_t{});
+    case 2:
+      return f(uint16_t{});
+    case 4:
+      return f(uint32_t{});
+    case 8:
+      return f(uint64_t{});
     default:
       STD_TORCH_CHECK(false, "sapwood.", op, ": weight must be floating point, got ",
                       torch::headeronly::toString(t.scalar_type()));

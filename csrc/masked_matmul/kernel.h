@@ -5,11 +5,12 @@
 //   3 panels           x transposed to (K, P): one weight meets P activations in registers, loads
 //                      are whole lines, the matrix is read once per P batch rows
 //   4 accumulator sets even and odd non-zeros in different registers hide the latency of the FMA
-//   5 prefetch         the columns are known 16 non-zeros ahead; panel rows come from L2
+//   5 prefetch, blocks the columns are known 16 non-zeros ahead; beyond K = 2048 the columns are
+//                      walked in blocks whose panel stays in L2
 //   6 sell, window     batch 1..8: x lies in registers, 64 rows share its loads, no gather, no
 //                      branch per row or segment
 //   7 bitmap, expand   batch 1..8 at moderate sparsity and least memory: 16 weights per instruction
-// Tried and left out: blocking K so that a panel block stays in L1. At 90 % its row segments hold
+// Tried and left out: blocks of columns small enough for L1. At 90 % its row segments hold
 // 13 non-zeros, and the mispredicted ends cost more than the L2 loads they save.
 // No torch header here; nothing allocates.
 #pragma once
@@ -34,8 +35,8 @@ namespace sapwood::masked_matmul {
 
 // Rung 1: y = x where(mask, weight, 0)^T + bias in double. x (B, K), weight and mask (N, K).
 template <class T>
-void masked_matmul_naive(const T* x, const T* weight, const uint8_t* mask, const T* bias,
-                         double* y, int64_t b, int64_t n, int64_t k) {
+void masked_matmul_naive(const T* x, const T* weight, const uint8_t* mask, const T* bias, double* y,
+                         int64_t b, int64_t n, int64_t k) {
   for (int64_t i = 0; i < b; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       double sum = bias != nullptr ? static_cast<double>(bias[j]) : 0.0;
@@ -49,12 +50,14 @@ void masked_matmul_naive(const T* x, const T* weight, const uint8_t* mask, const
   }
 }
 
-// The width of the panel for `left` remaining batch rows: wide panels read the matrix less often,
-// but the panel should stay in half of a 1 MiB L2.
-inline int64_t panel_width(int64_t left, int64_t k, int64_t element_bytes) {
-  int64_t width = left > 32 ? 64 : left > 16 ? 32 : 16;
-  while (width > 16 && k * width * element_bytes > 512 * 1024) width /= 2;
-  return width;
+// The width of the panel for `left` remaining batch rows: wide panels read the matrix less often.
+inline int64_t panel_width(int64_t left) {
+  return left > 32 ? 64 : left > 16 ? 32 : 16;
+}
+
+// Columns of a panel that fit half of a 1 MiB L2; a multiple of 16.
+constexpr int64_t panel_block(int64_t width, int64_t element_bytes) {
+  return 512 * 1024 / (width * element_bytes);
 }
 
 }  // namespace sapwood::masked_matmul

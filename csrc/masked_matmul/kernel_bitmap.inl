@@ -105,11 +105,13 @@ SAPWOOD_TARGET void bitmap_rows(const Bitmap<Value>& w, int64_t first, int64_t r
 }
 #endif
 
-// The set columns of one row, ascending. Whole groups of 16 are written, the cursor advances over
-// set ones: no branch depends on the mask. cols holds 16 entries more than the row has.
-SAPWOOD_TARGET inline void list_columns(const uint16_t* words, int64_t words_per_row,
-                                        int32_t* cols) {
-  for (int64_t j = 0; j < words_per_row; ++j) {
+// The set columns of words [begin, end) of a row, ascending; returns their number. Whole groups of
+// 16 are written, the cursor advances over set ones: no branch depends on the mask. cols holds 16
+// entries more than there are.
+SAPWOOD_TARGET inline int64_t list_columns(const uint16_t* words, int64_t begin, int64_t end,
+                                           int32_t* cols) {
+  const int32_t* const start = cols;
+  for (int64_t j = begin; j < end; ++j) {
     const int32_t first = static_cast<int32_t>(j * kWordBits);
 #if SAPWOOD_IS_AVX512
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -123,18 +125,28 @@ SAPWOOD_TARGET inline void list_columns(const uint16_t* words, int64_t words_per
     }
 #endif
   }
+  return cols - start;
 }
 
 // As csr_chunk; cols (K + 16,) and scratch (K,).
 template <int P, class T, class Value>
 SAPWOOD_TARGET void bitmap_chunk(const Bitmap<Value>& w, int64_t first, int64_t rows,
                                  const T* panel, T* sums, int32_t* cols, T* scratch) {
-  for (int64_t row = first; row < first + rows; ++row) {
-    const int64_t begin = w.row_ptr[row], count = w.row_ptr[row + 1] - begin;
-    list_columns(w.words + row * w.words_per_row(), w.words_per_row(), cols);
-    const T* values = decoded(w.values + begin, count, scratch);
-    row_times_panel<P>(panel, values, cols, count, count, sums + (row - first) * P);
-  }
+  const int64_t words_per_row = w.words_per_row();
+  const int64_t block = panel_block(P, sizeof(T)) / kWordBits;
+  int64_t next[kChunkRows];
+  std::copy_n(w.row_ptr + first, rows, next);
+  int64_t j = 0;
+  do {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t count = list_columns(w.words + (first + r) * words_per_row, j,
+                                         std::min(words_per_row, j + block), cols);
+      const T* values = decoded(w.values + next[r], count, scratch);
+      row_times_panel<P>(panel, values, cols, count, count, j > 0, sums + r * P);
+      next[r] += count;
+    }
+    j += block;
+  } while (j < words_per_row);
 }
 
 template <class T, class Value>
@@ -142,9 +154,12 @@ SAPWOOD_TARGET inline void bitmap_chunk_of(const Bitmap<Value>& w, int64_t first
                                            const T* panel, int64_t width, T* sums, int32_t* cols,
                                            T* scratch) {
   switch (width) {
-    case 16: return bitmap_chunk<16>(w, first, rows, panel, sums, cols, scratch);
-    case 32: return bitmap_chunk<32>(w, first, rows, panel, sums, cols, scratch);
-    default: return bitmap_chunk<64>(w, first, rows, panel, sums, cols, scratch);
+    case 16:
+      return bitmap_chunk<16>(w, first, rows, panel, sums, cols, scratch);
+    case 32:
+      return bitmap_chunk<32>(w, first, rows, panel, sums, cols, scratch);
+    default:
+      return bitmap_chunk<64>(w, first, rows, panel, sums, cols, scratch);
   }
 }
 

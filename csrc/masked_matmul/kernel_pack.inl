@@ -11,8 +11,8 @@ SAPWOOD_TARGET SAPWOOD_INLINE uint64_t rows_of_step(const int32_t* next, int32_t
 #if SAPWOOD_IS_AVX512
   for (int64_t r = 0; r < kSliceRows; r += 16) {
     const __m512i ahead = _mm512_sub_epi32(_mm512_loadu_si512(next + r), _mm512_set1_epi32(base));
-    present |= static_cast<uint64_t>(
-                   _mm512_cmplt_epi32_mask(ahead, _mm512_set1_epi32(kWindow))) << r;
+    present |= static_cast<uint64_t>(_mm512_cmplt_epi32_mask(ahead, _mm512_set1_epi32(kWindow)))
+               << r;
   }
 #else
   for (int64_t r = 0; r < kSliceRows; ++r) {

@@ -45,7 +45,8 @@ SAPWOOD_TARGET SAPWOOD_INLINE void transpose_tile(const T* __restrict from, int6
   if (cols == W && (pad || rows == W)) {
     typename Lanes<T>::type tile[W] = {};
     if (rows == W) {
-      for (int i = 0; i < W; ++i) __builtin_memcpy(&tile[i], from + i * from_stride, sizeof tile[i]);
+      for (int i = 0; i < W; ++i)
+        __builtin_memcpy(&tile[i], from + i * from_stride, sizeof tile[i]);
     } else {
       for (int i = 0; i < W; ++i) {
         if (i < rows) __builtin_memcpy(&tile[i], from + i * from_stride, sizeof tile[i]);
@@ -90,11 +91,16 @@ SAPWOOD_TARGET SAPWOOD_INLINE void activate(T* __restrict v, int64_t count, T bi
 template <class T>
 SAPWOOD_TARGET inline void activate_row(T* v, int64_t count, T bias, Activation activation) {
   switch (activation) {
-    case Activation::none: return activate<Activation::none>(v, count, bias);
-    case Activation::relu: return activate<Activation::relu>(v, count, bias);
-    case Activation::gelu: return activate<Activation::gelu>(v, count, bias);
-    case Activation::gelu_tanh: return activate<Activation::gelu_tanh>(v, count, bias);
-    case Activation::silu: return activate<Activation::silu>(v, count, bias);
+    case Activation::none:
+      return activate<Activation::none>(v, count, bias);
+    case Activation::relu:
+      return activate<Activation::relu>(v, count, bias);
+    case Activation::gelu:
+      return activate<Activation::gelu>(v, count, bias);
+    case Activation::gelu_tanh:
+      return activate<Activation::gelu_tanh>(v, count, bias);
+    case Activation::silu:
+      return activate<Activation::silu>(v, count, bias);
   }
 }
 
@@ -158,13 +164,14 @@ SAPWOOD_TARGET SAPWOOD_INLINE void add_products(RowSums<T, P>& sums, const T* __
   }
 }
 
-// sums[b] = sum_p values[p] * panel[cols[p], b]; `readable` entries of cols may be read.
+// sums[b] (+)= sum_p values[p] * panel[cols[p], b]; `readable` entries of cols may be read.
 template <int P, class T, class Index>
 SAPWOOD_TARGET SAPWOOD_INLINE void row_times_panel(const T* panel, const T* values,
                                                    const Index* cols, int64_t count,
-                                                   int64_t readable, T* sums) {
+                                                   int64_t readable, bool add, T* sums) {
   using R = RowSums<T, P>;
   R r;
+  if (add) __builtin_memcpy(&r.acc[0], sums, sizeof r.acc[0]);
   int64_t p = 0;
   const int64_t ahead = std::min(count, readable - kPrefetchAhead);
   for (; p + R::sets <= ahead; p += R::sets) {
@@ -176,30 +183,52 @@ SAPWOOD_TARGET SAPWOOD_INLINE void row_times_panel(const T* panel, const T* valu
   for (; p < count; ++p) add_products<false, 1>(r, panel, values + p, cols + p);
   for (int j = 0; j < R::vectors; ++j) {
     for (int s = 1; s < R::sets; ++s) r.acc[0][j] += r.acc[s][j];
-    __builtin_memcpy(sums + j * Lanes<T>::count, &r.acc[0][j], sizeof r.acc[0][j]);
   }
+  __builtin_memcpy(sums, &r.acc[0], sizeof r.acc[0]);
 }
 
-// Rows [first, first + rows) of w times one panel; sums (rows, P), scratch (K,).
+// The entries of a row with columns below a limit, given where the search begins.
+template <class Index>
+SAPWOOD_TARGET SAPWOOD_INLINE int64_t end_below(const Index* cols, int64_t begin, int64_t end,
+                                                int64_t limit) {
+  return std::lower_bound(cols + begin, cols + end, limit,
+                          [](Index c, int64_t l) { return static_cast<int64_t>(c) < l; }) -
+         cols;
+}
+
+// Rows [first, first + rows) of w times one panel; sums (rows, P), scratch (K,). Where the panel is
+// larger than its share of L2, the rows are walked once per block of columns.
 template <int P, class T, class Value, class Index>
 SAPWOOD_TARGET void csr_chunk(const Csr<Value, Index>& w, int64_t first, int64_t rows,
                               const T* panel, T* sums, T* scratch) {
-  const int64_t nnz = w.row_ptr[w.n];
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t row = w.row_order[first + i];
-    const int64_t begin = w.row_ptr[row], count = w.row_ptr[row + 1] - begin;
-    const T* values = decoded(w.values + begin, count, scratch);
-    row_times_panel<P>(panel, values, w.cols + begin, count, nnz - begin, sums + (row - first) * P);
-  }
+  const int64_t nnz = w.row_ptr[w.n], block = panel_block(P, sizeof(T));
+  int64_t next[kChunkRows];
+  std::copy_n(w.row_ptr + first, rows, next);
+  int64_t c = 0;
+  do {
+    const bool last = c + block >= w.k;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t begin = next[r], row_end = w.row_ptr[first + r + 1];
+      const int64_t end = last ? row_end : end_below(w.cols, begin, row_end, c + block);
+      const T* values = decoded(w.values + begin, end - begin, scratch);
+      row_times_panel<P>(panel, values, w.cols + begin, end - begin, nnz - begin, c > 0,
+                         sums + r * P);
+      next[r] = end;
+    }
+    c += block;
+  } while (c < w.k);
 }
 
 template <class T, class Value, class Index>
 SAPWOOD_TARGET inline void csr_chunk_of(const Csr<Value, Index>& w, int64_t first, int64_t rows,
                                         const T* panel, int64_t width, T* sums, T* scratch) {
   switch (width) {
-    case 16: return csr_chunk<16>(w, first, rows, panel, sums, scratch);
-    case 32: return csr_chunk<32>(w, first, rows, panel, sums, scratch);
-    default: return csr_chunk<64>(w, first, rows, panel, sums, scratch);
+    case 16:
+      return csr_chunk<16>(w, first, rows, panel, sums, scratch);
+    case 32:
+      return csr_chunk<32>(w, first, rows, panel, sums, scratch);
+    default:
+      return csr_chunk<64>(w, first, rows, panel, sums, scratch);
   }
 }
 

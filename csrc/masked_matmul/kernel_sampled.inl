@@ -57,26 +57,40 @@ SAPWOOD_TARGET SAPWOOD_INLINE void sampled_row(const T* grad_row, const T* panel
   }
 }
 
-// Rows [first, first + rows): grad (N, P) and panel (K, P) of the same batch rows; out (nnz,).
+// Rows [first, first + rows), at most kChunkRows: grad (N, P) and panel (K, P) of the same batch
+// rows; out (nnz,). Columns in blocks as in csr_chunk.
 template <int P, class T, class Index>
-SAPWOOD_TARGET void sampled_rows(const T* grad, const T* panel, const Index* cols,
+SAPWOOD_TARGET void sampled_rows(const T* grad, const T* panel, int64_t k, const Index* cols,
                                  const int64_t* row_ptr, int64_t first, int64_t rows, int64_t nnz,
                                  bool add, T* out) {
-  for (int64_t row = first; row < first + rows; ++row) {
-    const int64_t begin = row_ptr[row];
-    sampled_row<P>(grad + row * P, panel, cols + begin, row_ptr[row + 1] - begin, nnz - begin, add,
-                   out + begin);
-  }
+  const int64_t block = panel_block(P, sizeof(T));
+  int64_t next[kChunkRows];
+  std::copy_n(row_ptr + first, rows, next);
+  int64_t c = 0;
+  do {
+    const bool last = c + block >= k;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t begin = next[r], row_end = row_ptr[first + r + 1];
+      const int64_t end = last ? row_end : end_below(cols, begin, row_end, c + block);
+      sampled_row<P>(grad + (first + r) * P, panel, cols + begin, end - begin, nnz - begin, add,
+                     out + begin);
+      next[r] = end;
+    }
+    c += block;
+  } while (c < k);
 }
 
 template <class T, class Index>
-SAPWOOD_TARGET inline void sampled_rows_of(const T* grad, const T* panel, int64_t width,
+SAPWOOD_TARGET inline void sampled_rows_of(const T* grad, const T* panel, int64_t width, int64_t k,
                                            const Index* cols, const int64_t* row_ptr, int64_t first,
                                            int64_t rows, int64_t nnz, bool add, T* out) {
   switch (width) {
-    case 16: return sampled_rows<16>(grad, panel, cols, row_ptr, first, rows, nnz, add, out);
-    case 32: return sampled_rows<32>(grad, panel, cols, row_ptr, first, rows, nnz, add, out);
-    default: return sampled_rows<64>(grad, panel, cols, row_ptr, first, rows, nnz, add, out);
+    case 16:
+      return sampled_rows<16>(grad, panel, k, cols, row_ptr, first, rows, nnz, add, out);
+    case 32:
+      return sampled_rows<32>(grad, panel, k, cols, row_ptr, first, rows, nnz, add, out);
+    default:
+      return sampled_rows<64>(grad, panel, k, cols, row_ptr, first, rows, nnz, add, out);
   }
 }
 

@@ -24,7 +24,9 @@ SAPWOOD_TARGET void sell_steps(const Sell<Value>& w, int64_t begin, int64_t end,
 }
 
 #if SAPWOOD_IS_AVX512
-SAPWOOD_TARGET SAPWOOD_INLINE __m512 sixteen_values(const float* v) { return _mm512_loadu_ps(v); }
+SAPWOOD_TARGET SAPWOOD_INLINE __m512 sixteen_values(const float* v) {
+  return _mm512_loadu_ps(v);
+}
 SAPWOOD_TARGET SAPWOOD_INLINE __m512 sixteen_values(const BFloat16* v) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -56,8 +58,8 @@ SAPWOOD_TARGET void sell_steps(const Sell<Value>& w, int64_t begin, int64_t end,
       const __m512 low = _mm512_loadu_ps(reach + b * stride);
       const __m512 high = _mm512_maskz_loadu_ps(0x7fff, reach + b * stride + 16);
       for (int v = 0; v < V; ++v) {
-        const __m512i pick = _mm512_cvtepu8_epi32(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(index + 16 * v)));
+        const __m512i pick =
+            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index + 16 * v)));
         acc[v][b] = _mm512_fmadd_ps(sixteen_values(values + 16 * v),
                                     _mm512_permutex2var_ps(low, pick, high), acc[v][b]);
       }
@@ -77,10 +79,18 @@ SAPWOOD_TARGET void sell_slice(const Sell<Value>& w, int64_t slice, const T* x, 
   const int64_t first = slice * kSliceRows, rows = std::min(kSliceRows, w.n - first);
   alignas(64) T sums[kSellBatch * kSliceRows];
   switch (batch) {
-    case 1: sell_steps<1>(w, begin, end, x, stride, sums); break;
-    case 2: sell_steps<2>(w, begin, end, x, stride, sums); break;
-    case 3: sell_steps<3>(w, begin, end, x, stride, sums); break;
-    default: sell_steps<4>(w, begin, end, x, stride, sums); break;
+    case 1:
+      sell_steps<1>(w, begin, end, x, stride, sums);
+      break;
+    case 2:
+      sell_steps<2>(w, begin, end, x, stride, sums);
+      break;
+    case 3:
+      sell_steps<3>(w, begin, end, x, stride, sums);
+      break;
+    default:
+      sell_steps<4>(w, begin, end, x, stride, sums);
+      break;
   }
   for (int64_t b = 0; b < batch; ++b) {
     T* y = out.y + (b0 + b) * out.n + first;

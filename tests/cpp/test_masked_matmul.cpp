@@ -26,23 +26,41 @@ void expect(bool ok, const std::string& what) {
 }
 
 // The functions of one instruction set as a type, so that a test is written once.
-#define KERNELS(Name, isa_namespace, label)                                              \
-  struct Name {                                                                          \
-    static constexpr const char* name = label;                                           \
-    template <class... A> static void fill(A... a) { isa_namespace::fill_panel(a...); }  \
-    template <class... A> static void csr(A... a) { isa_namespace::csr_chunk_of(a...); } \
-    template <class... A> static void bitmap(A... a) {                                   \
-      isa_namespace::bitmap_chunk_of(a...);                                              \
-    }                                                                                    \
-    template <class... A> static void store(A... a) { isa_namespace::store_sums(a...); } \
-    template <class... A> static void sell(A... a) { isa_namespace::sell_slice(a...); }  \
-    template <class... A> static void schedule(A... a) {                                 \
-      isa_namespace::schedule_slice(a...);                                               \
-    }                                                                                    \
-    template <class... A> static void sampled(A... a) {                                  \
-      isa_namespace::sampled_rows_of(a...);                                              \
-    }                                                                                    \
-    template <class... A> static void mask(A... a) { isa_namespace::apply_mask(a...); }  \
+#define KERNELS(Name, isa_namespace, label)    \
+  struct Name {                                \
+    static constexpr const char* name = label; \
+    template <class... A>                      \
+    static void fill(A... a) {                 \
+      isa_namespace::fill_panel(a...);         \
+    }                                          \
+    template <class... A>                      \
+    static void csr(A... a) {                  \
+      isa_namespace::csr_chunk_of(a...);       \
+    }                                          \
+    template <class... A>                      \
+    static void bitmap(A... a) {               \
+      isa_namespace::bitmap_chunk_of(a...);    \
+    }                                          \
+    template <class... A>                      \
+    static void store(A... a) {                \
+      isa_namespace::store_sums(a...);         \
+    }                                          \
+    template <class... A>                      \
+    static void sell(A... a) {                 \
+      isa_namespace::sell_slice(a...);         \
+    }                                          \
+    template <class... A>                      \
+    static void schedule(A... a) {             \
+      isa_namespace::schedule_slice(a...);     \
+    }                                          \
+    template <class... A>                      \
+    static void sampled(A... a) {              \
+      isa_namespace::sampled_rows_of(a...);    \
+    }                                          \
+    template <class... A>                      \
+    static void mask(A... a) {                 \
+      isa_namespace::apply_mask(a...);         \
+    }                                          \
   };
 KERNELS(Base, isa_base, "base")
 #if defined(__x86_64__)
@@ -50,7 +68,8 @@ KERNELS(Avx2, isa_avx2, "avx2")
 KERNELS(Avx512, isa_avx512, "avx512")
 #endif
 
-template <class T> using BitsOf = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+template <class T>
+using BitsOf = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
 
 template <class T>
 struct Problem {
@@ -63,8 +82,17 @@ struct Problem {
   std::vector<double> expected, magnitude;  // (B, N): y, and sum |w x| + |bias|
 
   Problem(int64_t b_, int64_t n_, int64_t k_, double sparsity, unsigned seed)
-      : b(b_), n(n_), k(k_), x(b * k), weight(n * k), bias(n), mask(n * k), row_ptr(n + 1),
-        order(n), expected(b * n), magnitude(b * n) {
+      : b(b_),
+        n(n_),
+        k(k_),
+        x(b * k),
+        weight(n * k),
+        bias(n),
+        mask(n * k),
+        row_ptr(n + 1),
+        order(n),
+        expected(b * n),
+        magnitude(b * n) {
     std::mt19937 random(seed);
     std::normal_distribution<double> normal;
     std::uniform_real_distribution<double> uniform;
@@ -79,7 +107,8 @@ struct Problem {
     masked_matmul_naive(x.data(), weight.data(), mask.data(), bias.data(), expected.data(), b, n,
                         k);
     std::vector<T> ax = x, aw = weight, ab = bias;
-    for (auto* v : {&ax, &aw, &ab}) for (T& e : *v) e = std::abs(e);
+    for (auto* v : {&ax, &aw, &ab})
+      for (T& e : *v) e = std::abs(e);
     masked_matmul_naive(ax.data(), aw.data(), mask.data(), ab.data(), magnitude.data(), b, n, k);
   }
 
@@ -88,6 +117,12 @@ struct Problem {
     count_rows(mask.data(), k, 0, n, row_ptr.data() + 1);
     counts_to_ends(row_ptr.data(), n);
     order_rows(row_ptr.data(), n, order.data());
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = order[i], before = i % kChunkRows == 0 ? row : order[i - 1];
+      expect(row / kChunkRows == i / kChunkRows &&
+                 row_ptr[before + 1] - row_ptr[before] >= row_ptr[row + 1] - row_ptr[row],
+             "order_rows sorts inside chunks");
+    }
     values.resize(row_ptr[n]);
     cols.resize(row_ptr[n]);
     std::vector<T> row_values(k + 1);
@@ -104,16 +139,14 @@ struct Problem {
     }
   }
 
-  Csr<T, uint16_t> csr() const {
-    return {values.data(), cols.data(), row_ptr.data(), order.data(), n, k};
-  }
+  Csr<T, uint16_t> csr() const { return {values.data(), cols.data(), row_ptr.data(), n, k}; }
   Bitmap<T> bitmap() const { return {values.data(), words.data(), row_ptr.data(), n, k}; }
 
   // Rounding of a sum of at most K + 1 terms, in any order.
   void check(const std::vector<T>& y, const std::string& what) const {
     for (int64_t i = 0; i < b * n; ++i) {
-      const double bound = 4.0 * static_cast<double>(k + 1) *
-                           std::numeric_limits<T>::epsilon() * magnitude[i];
+      const double bound =
+          4.0 * static_cast<double>(k + 1) * std::numeric_limits<T>::epsilon() * magnitude[i];
       if (!(std::abs(y[i] - expected[i]) <= bound)) {
         return expect(false, what + ": y[" + std::to_string(i) + "] = " + std::to_string(y[i]) +
                                  ", expected " + std::to_string(expected[i]));
@@ -257,8 +290,9 @@ void test_small_batch(const Problem<float>& p) {
 
 template <class K, class T>
 void test_kernels(const char* type) {
-  const int64_t shapes[][3] = {{1, 1, 1},    {3, 65, 33},   {16, 64, 64},  {17, 130, 100},
-                               {64, 129, 257}, {70, 40, 515}, {5, 300, 130}, {2, 9, 0}, {66, 8, 2500}};
+  const int64_t shapes[][3] = {{1, 1, 1},      {3, 65, 33},    {16, 64, 64},
+                               {17, 130, 100}, {64, 129, 257}, {70, 40, 515},
+                               {5, 300, 130},  {2, 9, 0},      {66, 8, 2500}};
   for (const auto& shape : shapes) {
     for (double sparsity : {0.0, 0.5, 0.9, 1.0}) {
       const Problem<T> p(shape[0], shape[1], shape[2], sparsity, 11);
@@ -316,7 +350,8 @@ void test_halves() {
   expect(widen(BFloat16{0x3f80}) == 1.0f && std::isinf(widen(BFloat16{0xff80})), "bfloat16");
   expect(widen(Float16{0x3c00}) == 1.0f && widen(Float16{0x0001}) == std::ldexp(1.0f, -24) &&
              widen(Float16{0xfbff}) == -65504.0f && widen(Float16{0xfc00}) == -INFINITY &&
-             std::isnan(widen(Float16{0x7e00})) && widen(Float16{0x03ff}) == 1023 * std::ldexp(1.0f, -24),
+             std::isnan(widen(Float16{0x7e00})) &&
+             widen(Float16{0x03ff}) == 1023 * std::ldexp(1.0f, -24),
          "float16");
 }
 
