@@ -119,12 +119,13 @@ def time_models(
 
 
 def ratio(speedup: float) -> str:
-    """A speed-up with the digits that matter: two where it is near 1.
+    """A speed-up with the digits that matter.
 
-    >>> ratio(5.234), ratio(0.957)
-    ('5.2x', '0.96x')
+    >>> ratio(11.31), ratio(5.234), ratio(0.957)
+    ('11x', '5.2x', '0.96x')
     """
-    return f"{speedup:.1f}x" if speedup >= 1.5 else f"{speedup:.2f}x"
+    digits = 0 if speedup >= 9.95 else 1 if speedup >= 1.5 else 2
+    return f"{speedup:.{digits}f}x"
 
 
 def remarks(timings: Sequence[Timing], names: Sequence[str]) -> list[str]:

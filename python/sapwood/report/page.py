@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|x|s|ms|us|MB)(?:\W|$))")
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,15 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_glued,
     )
     environment.tests["table"] = lambda block: isinstance(block, Table)
     return environment.get_template("page.html").render(page=page, style=_template("page.css"))
+
+
+def _glued(value: object) -> object:
+    """Keeps a figure and its unit on one line; leaves markup alone."""
+    return _UNIT.sub("\N{NO-BREAK SPACE}", value) if type(value) is str else value
 
 
 def _template(name: str) -> str:

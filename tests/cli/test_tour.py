@@ -1,0 +1,146 @@
+"""The tour: what it writes, what it prints, and that it says only what it measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sapwood.cli import chapters
+from sapwood.cli.chapters import ChapterResult, Context, prune_pack_run
+from sapwood.cli.packing import Timing
+from sapwood.report.page import Chapter, Section, Stat, Table
+from tests.cli.conftest import Invoke
+
+Narrow = Callable[[str], bool]
+HOSTILE = "<b>bold & [red]"
+
+
+@pytest.fixture(name="chapter")
+def instant_chapter(monkeypatch: pytest.MonkeyPatch) -> list[Context]:
+    """Puts a chapter without work in place of the real ones; returns what it was asked."""
+    asked: list[Context] = []
+
+    def run(context: Context) -> ChapterResult:
+        asked.append(context)
+        return ChapterResult(
+            page=Chapter(HOSTILE, HOSTILE, [Section(HOSTILE, [HOSTILE])]),
+            headline=HOSTILE,
+            stats=[Stat(HOSTILE, HOSTILE)],
+            summary=Table(["network", "accuracy"], [[HOSTILE, "1"]]),
+            remarks=[HOSTILE],
+            facts=[(HOSTILE, HOSTILE)],
+            data={"value": 1},
+        )
+
+    module = SimpleNamespace(TITLE="Instant", run=run)
+    monkeypatch.setattr(chapters, "load", lambda: [("instant", module)])
+    return asked
+
+
+def test_page_and_results_are_written(
+    invoke: Invoke, narrow: Narrow, tmp_path: Path, chapter: list[Context], threads: None
+) -> None:
+    out = tmp_path / "deep" / "out"
+    result = invoke("tour", "--quick", "--seed", "7", "--threads", "1", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert (chapter[0].quick, chapter[0].seed) == (True, 7)
+    assert sorted(file.name for file in out.iterdir()) == ["index.html", "results.json"]
+    page = (out / "index.html").read_text()
+    assert "<b>" not in page
+    assert "&lt;b&gt;bold &amp; [red]" in page
+    assert "://" not in page
+    assert "1 thread" in page
+    results = json.loads((out / "results.json").read_text())
+    assert results["schema"] == "sapwood.tour/1"
+    assert results["environment"]["torch"] == torch.__version__
+    assert results["environment"]["cpu"]["threads"] == 1
+    assert results["chapters"] == {"instant": {"value": 1}}
+    head, _, wrote = result.stdout.rpartition("wrote ")
+    assert wrote.startswith(str(out / "index.html"))
+    assert HOSTILE in head
+    assert narrow(head)
+
+
+def test_interrupt_leaves_nothing(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Context) -> ChapterResult:
+        raise KeyboardInterrupt
+
+    module = SimpleNamespace(TITLE="Instant", run=interrupted)
+    monkeypatch.setattr(chapters, "load", lambda: [("instant", module)])
+    result = invoke("tour", "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert "interrupted; nothing was written" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_folder_is_one_line(
+    invoke: Invoke, tmp_path: Path, chapter: list[Context]
+) -> None:
+    (tmp_path / "file").write_text("")
+    result = invoke("tour", "--out", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "cannot write to" in result.stderr
+
+
+def test_every_listed_chapter_loads() -> None:
+    loaded = chapters.load()
+    assert [name for name, _ in loaded] == list(chapters.CHAPTERS)
+    assert all(module.TITLE and callable(module.run) for _, module in loaded)
+
+
+@pytest.mark.parametrize(
+    ("packed", "expected"),
+    [
+        (0.125, "and runs 8.0x as fast at batch 64."),
+        (0.95, "and runs 1.05x as fast at batch 64."),
+        (0.99, "but packed it is no faster than dense on this processor."),
+        (2.0, "but packed it is no faster than dense on this processor."),
+    ],
+)
+def test_headline_claims_no_more_than_was_measured(packed: float, expected: str) -> None:
+    seconds = {"dense": 1.0, "95 %": packed}
+    measured = SimpleNamespace(
+        runs={
+            "dense": SimpleNamespace(accuracy=0.98),
+            "95 %": SimpleNamespace(accuracy=0.97),
+        },
+        sparsest="95 %",
+        best=Timing(64, seconds, seconds),
+    )
+    headline = prune_pack_run._headline(measured)  # type: ignore[arg-type]
+    assert headline.startswith("Without 95 % of its weights the network reads 97.0 %")
+    assert "(dense: 98.0 %)" in headline
+    assert headline.endswith(expected)
+
+
+@pytest.mark.slow
+def test_quick_tour_measures_what_it_shows(
+    invoke: Invoke, narrow: Narrow, tmp_path: Path, threads: None
+) -> None:
+    result = invoke("tour", "--quick", "--threads", "1", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert narrow(result.stdout.rpartition("wrote ")[0])
+    page = (tmp_path / "index.html").read_text()
+    assert "://" not in page
+    assert page.count("<svg role=") == 3
+    networks = json.loads((tmp_path / "results.json").read_text())["chapters"]["prune_pack_run"]
+    dense, *pruned = networks["networks"].values()
+    assert dense["accuracy"] > 0.94
+    for network, sparsity in zip(pruned, (0.9, 0.95), strict=True):
+        assert network["accuracy"] >= dense["accuracy"] - 0.03
+        assert network["sparsity"] == pytest.approx(sparsity, abs=1e-6)
+        assert network["sparsity_report"]["consistent"]
+        packed = network["packed"]
+        assert packed["same_predictions"] == packed["predictions"] == 360
+        assert packed["max_difference"] <= 1e-4
+        for timing in packed["timings"]:
+            assert timing["speedup"] == timing["dense_seconds"] / timing["packed_seconds"]
+        shown = [timing["speedup"] for timing in packed["timings"]]
+        assert any(speedup >= 1.03 for speedup in shown) or "Not faster than dense" in result.stdout
