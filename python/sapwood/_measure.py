@@ -18,6 +18,10 @@ Name = TypeVar("Name", bound=Hashable)
 #: A sample lasts at least this long, in seconds: shorter calls are repeated inside one sample.
 SHORTEST_SAMPLE = 1e-4
 
+#: For so many seconds a call runs before it is timed: after neighbours have used the last-level
+#: cache it takes several passes over a weight until it lies there again.
+SETTLE = 3e-3
+
 #: Written between samples on a GPU, so that no provider finds its weights in the last-level cache.
 _GPU_FLUSH_BYTES = 256 << 20
 
@@ -25,13 +29,14 @@ _GPU_FLUSH_BYTES = 256 << 20
 class Sampler:
     """Times one call in its steady state.
 
-    On the CPU every sample begins with a call that is not timed: otherwise the weights that
+    On the CPU every sample begins with calls that are not timed: otherwise the weights that
     neighbours pushed out of the cache would count, and a ratio would depend on how many providers
     take part. Short calls are repeated within a sample, so the clock's grain vanishes.
     """
 
-    def __init__(self, call: Call, device: str = "cpu") -> None:
+    def __init__(self, call: Call, device: str = "cpu", *, settle: float | None = None) -> None:
         self._call = call
+        self._settle = SETTLE if settle is None else settle
         self._flush: torch.Tensor | None = None
         if device == "cuda":
             self._flush = torch.empty(_GPU_FLUSH_BYTES, dtype=torch.uint8, device=device)
@@ -45,7 +50,10 @@ class Sampler:
         if self._flush is not None:
             return self._gpu_sample(self._flush)
         call = self._call
+        settled = time.perf_counter() + self._settle
         call()
+        while time.perf_counter() < settled:
+            call()
         start = time.perf_counter()
         for _ in range(self._repeats):
             call()

@@ -27,7 +27,7 @@ DENSITIES = {
     "dense": (1.0,),
     "bitmap": (0.05, 0.25, 0.5, 0.9),
     "csr": (0.01, 0.1, 0.25, 0.5),
-    "sell": (0.01, 0.05, 0.1, 0.2, 0.4),
+    "sell": (0.01, 0.05, 0.1, 0.2, 0.4, 0.9),
 }
 
 _OVERHEAD_SIDE = 16  # its product takes nanoseconds: what is left is the cost of a call
@@ -64,7 +64,8 @@ def measure(key: Key, dtype: torch.dtype, *, seconds: float) -> tuple[DispatchTa
     formats = [name for name in DENSITIES if _has_kernel(name, key)]
     with torch.no_grad(), torch.autocast(key.device, enabled=False):
         samplers = {
-            cell: Sampler(call, key.device) for cell, call in _cells(key.device, dtype, formats)
+            cell: Sampler(call, key.device, settle=0.0)
+            for cell, call in _cells(key.device, dtype, formats)
         }
         best: dict[Cell, list[float]] = {cell: [] for cell in samplers}
         noise, rounds, spent = 1.0, 0, 0.0
@@ -91,21 +92,22 @@ def _has_kernel(name: str, key: Key) -> bool:
 
 
 def _cells(device: str, dtype: torch.dtype, formats: list[str]) -> Iterator[tuple[Cell, Call]]:
-    """Every cell with the call that it times; cells that are compared follow one another."""
+    """Every cell with the call that it times.
+
+    A weight is used with descending batches: when the smallest ones read it, whose time is that of
+    reading it, it has settled in the cache that it fits.
+    """
     for side in (_OVERHEAD_SIDE, *SIDES):
         generator = torch.Generator().manual_seed(side)
         weight = torch.randn(side, side, generator=generator).to(device, dtype)
         uniform = torch.rand(side, side, generator=generator).to(device)
-        products = [
-            (name, density, _product(name, weight, uniform < density))
-            for name in formats
-            for density in _densities(name, side)
-        ]
-        for batch in _batches(side):
-            x = torch.randn(batch, side, generator=generator).to(device, dtype)
-            for name, density, product in products:
-                if batch <= LARGEST_BATCH[device][name]:
-                    yield Cell(name, side, batch, density), _bind(product, x)
+        inputs = torch.randn(BATCHES[-1], side, generator=generator).to(device, dtype)
+        for name in formats:
+            for density in _densities(name, side):
+                product = _product(name, weight, uniform < density)
+                for batch in reversed(_batches(side)):
+                    if batch <= LARGEST_BATCH[device][name]:
+                        yield Cell(name, side, batch, density), _bind(product, inputs[:batch])
 
 
 def _densities(name: str, side: int) -> tuple[float, ...]:
