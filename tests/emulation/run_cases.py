@@ -41,5 +41,6 @@ def run(ops: Any, shapes: Iterable[checks.Shape]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    torch.ops.load_library(sys.argv[1])  # type: ignore[no-untyped-call]
-    print(json.dumps(run(torch.ops.sapwood_emu, ALL)))
+    namespaces: Any = torch.ops
+    namespaces.load_library(sys.argv[1])
+    print(json.dumps(run(namespaces.sapwood_emu, ALL)))

@@ -19,6 +19,7 @@ from tests.emulation.checks import ACTIVATIONS, DENSITIES, DTYPES, SHAPES, Shape
 
 MAIN: Shape = (3, 17, 65)
 PANEL: Shape = (33, 9, 48)
+BATCHES = (1, 3, 8, 12, 40)  # each picks another kernel
 
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 by_format = pytest.mark.parametrize("fmt", ["csr", "bitmap"])
@@ -27,8 +28,9 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removep
 
 @pytest.fixture(scope="session")
 def ops(emulation_library: Path) -> Any:
-    torch.ops.load_library(str(emulation_library))  # type: ignore[no-untyped-call]
-    return torch.ops.sapwood_emu
+    namespaces: Any = torch.ops
+    namespaces.load_library(str(emulation_library))
+    return namespaces.sapwood_emu
 
 
 @by_shape
@@ -71,16 +73,17 @@ def test_packed_linear_density(ops: Any, shape: Shape, density: float, fmt: str)
 
 @by_format
 @by_dtype
-@pytest.mark.parametrize("shape", [MAIN, PANEL], ids=["gather", "panel"])
-def test_packed_linear_dtype(ops: Any, shape: Shape, dtype: torch.dtype, fmt: str) -> None:
-    checks.check_packed_linear(ops, reference, fmt, problem(shape, dtype=dtype))
+@pytest.mark.parametrize("batch", BATCHES)
+def test_packed_linear_dtype(ops: Any, batch: int, dtype: torch.dtype, fmt: str) -> None:
+    checks.check_packed_linear(ops, reference, fmt, problem((batch, 6, 70), dtype=dtype))
 
 
 @by_format
 @pytest.mark.parametrize("values", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("shape", [MAIN, (12, 9, 48)], ids=["gather", "panel"])
-def test_half_values_under_float32(ops: Any, shape: Shape, values: torch.dtype, fmt: str) -> None:
-    checks.check_packed_linear(ops, reference, fmt, problem(shape), value_dtype=values)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_half_values_under_float32(ops: Any, batch: int, values: torch.dtype, fmt: str) -> None:
+    p = problem((batch, 6, 70))
+    checks.check_packed_linear(ops, reference, fmt, p, value_dtype=values)
 
 
 @by_format
@@ -141,8 +144,9 @@ def test_layouts_are_bitwise_equal(ops: Any, shape: Shape) -> None:
         assert torch.equal(ops.sampled_matmul(grad, x, cols, row_ptr), sampled), name
 
 
-def test_layouts_of_weight_and_mask(ops: Any) -> None:
-    p = problem(MAIN)
+@by_dtype
+def test_layouts_of_weight_and_mask(ops: Any, dtype: torch.dtype) -> None:
+    p = problem((2, 5, 34), dtype=dtype)
     masks = layouts(p.mask)
     for name, weight in layouts(p.weight).items():
         q = checks.Problem(p.x, weight, masks[name], p.bias, p.grad)
@@ -227,6 +231,11 @@ def corrupted(p: checks.Problem) -> dict[str, tuple[str, list[Any], str]]:
             "pack_bitmap",
             [p.weight, p.mask.float()],
             "pack_bitmap: mask must be bool or uint8, got Float",
+        ),
+        "weight dtype": (
+            "pack_csr",
+            [p.weight.nan_to_num().to(torch.int8), p.mask],
+            "pack_csr: weight must be float32, float64, float16 or bfloat16, got Char",
         ),
         "x": (
             "packed_linear_csr",
