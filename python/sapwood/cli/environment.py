@@ -88,7 +88,7 @@ def code_for(archs: str, major: int, minor: int) -> str:
     >>> code_for("80;90", 8, 6), code_for("80-real", 9, 0)
     ('machine code for sm_80', 'none: built for 80-real')
     """
-    entries = [entry for entry in archs.split(";") if entry[:2].isdigit()]
+    entries = [entry for entry in archs.replace(";", " ").split() if entry[:2].isdigit()]
     if not entries:
         return "none: built without CUDA"
     ptx = None
