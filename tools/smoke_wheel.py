@@ -3,7 +3,7 @@
     python tools/smoke_wheel.py dist/*.whl --python ENV1/bin/python --python ENV2/bin/python
 
 The wheel is unpacked into a temporary folder and the environments stay as they are. Each must have
-torch, numpy and safetensors; the ops need nothing else.
+torch, numpy and safetensors, and no editable sapwood, which would be imported in its place.
 """
 
 from __future__ import annotations
