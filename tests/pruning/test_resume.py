@@ -22,7 +22,7 @@ from sapwood.pruning import (
     Schedule,
 )
 
-from .test_pruner import OPTIMIZERS, network, train_step
+from .toy import OPTIMIZERS, network, train_step
 
 STEPS, T1 = 14, 10
 SCHEDULES: dict[str, Schedule] = {

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Elements per chunk: a few temporaries of 4 or 8 MiB, which the caches of a CPU still like.
-CHUNK = 1 << 20
+#: Elements per chunk: a few temporaries of 2 or 4 MiB, which the caches of a CPU still like.
+CHUNK = 1 << 19
 
 _DIGIT_BITS = 16
 _BINS = 1 << _DIGIT_BITS

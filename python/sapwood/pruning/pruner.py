@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sapwood.pruning import _files, _optim, _state
+from sapwood.pruning._bits import clear_, keep_bits
 from sapwood.pruning._names import NamedParameters, Rule
 from sapwood.pruning.allocation import LayerPlan
 from sapwood.pruning.criteria import Criterion, master_copies, resolve_criterion
@@ -116,7 +116,7 @@ class Pruner:
         self._averaged: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
-        self._off: dict[str, Tensor] = {}
+        self._bits: dict[str, Tensor] = {}
         self._raw_names: dict[str, str] = {}
         self._cleaner = _optim.StateCleaner()
 
@@ -222,10 +222,9 @@ class Pruner:
         """
         if not self._masks_gradients_now():
             return
-        with torch.no_grad():
-            for name, parameter in self._parameters().items():
-                if parameter.grad is not None:
-                    parameter.grad.masked_fill_(self._off_mask(name, parameter), 0.0)
+        for name, parameter in self._parameters().items():
+            if parameter.grad is not None:
+                clear_(parameter.grad, self._keep_bits(name, parameter))
 
     def report(self) -> SparsityReport:
         """Counts by mask and by weight, per tensor and in total."""
@@ -315,7 +314,7 @@ class Pruner:
         placed = {name: loaded.masks[name].to(p.device) for name, p in found.items()}
         self._masks = MaskSet(placed, aliases=loaded.masks.aliases)
         self._raw_names.clear()
-        self._off.clear()
+        self._bits.clear()
         self.step_count = loaded.step_count
 
     def _parameters(self) -> dict[str, nn.Parameter]:
@@ -330,12 +329,12 @@ class Pruner:
         self._raw_names = {name: named.raw[named.aliases.get(name, name)] for name in found}
         return found
 
-    def _off_mask(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """True where the weight is off, on the parameter's device; kept until the masks change."""
-        off = self._off.get(name)
-        if off is None or off.device != parameter.device:
-            off = self._off[name] = ~self._masks[name].to(parameter.device)
-        return off
+    def _keep_bits(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """For ``clear_``, on the parameter's device; kept until the masks change."""
+        bits = self._bits.get(name)
+        if bits is None or bits.device != parameter.device:
+            bits = self._bits[name] = keep_bits(self._masks[name], parameter)
+        return bits
 
     def _masks_gradients_now(self) -> bool:
         return self.settings.mask_gradients and (self.settings.monotone or self.finished)
@@ -383,8 +382,8 @@ class Pruner:
         )
         changed = chosen != self._masks
         self._masks = chosen
-        self._off.clear()
-        off = {p: self._off_mask(name, p) for name, p in self._parameters().items()}
+        self._bits.clear()
+        off = {p: ~chosen[name] for name, p in self._parameters().items()}
         for optimizer in self._optimizers:
             self._cleaner.clear(optimizer, off)
         self._zero_weights()
@@ -393,6 +392,5 @@ class Pruner:
         return changed
 
     def _zero_weights(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self._parameters().items():
-                parameter.masked_fill_(self._off_mask(name, parameter), 0.0)
+        for name, parameter in self._parameters().items():
+            clear_(parameter, self._keep_bits(name, parameter))

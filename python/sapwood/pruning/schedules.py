@@ -230,8 +230,8 @@ class Cubic(_Ramp):
 
     Example:
         >>> from sapwood.pruning import Cubic
-        >>> Cubic(0.8, t1=100, every=10).sparsity(50)
-        0.7
+        >>> Cubic(0.75, t1=100, every=10).sparsity(50)
+        0.65625
 
     Args:
         S: final sparsity in [0, 1).

@@ -172,6 +172,7 @@ class Trainer:
         self.metric = metric
         self.progress = progress
         self.device = config.resolve_device()
+        self._counted: tuple[MaskSet, float] | None = None
 
     def fit(self, model: nn.Module, train: Data, val: Data, build: BuildPruner) -> PruningResult:
         """Trains the model in place."""
@@ -212,7 +213,7 @@ class Trainer:
                     "loss": float(loss_sum) / per_epoch,
                     "metric": self.evaluate(averaged or model, val),
                     "target_sparsity": _target(pruner),
-                    "sparsity": pruner.masks.sparsity() if pruner else 0.0,
+                    "sparsity": self._achieved(pruner),
                     "lr": optimizer.param_groups[0]["lr"],
                 }
             )
@@ -242,7 +243,7 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             loss = self.loss_fn(model(x), y)
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(loss).backward()
         if self.config.grad_clip is not None:
             scaler.unscale_(optimizer)
             if pruner is not None:
@@ -264,8 +265,16 @@ class Trainer:
 
     def _report(self, step: int, total: int, loss: Tensor, pruner: Pruner | None) -> None:
         if self.progress is not None:
-            sparsity = _target(pruner)
+            sparsity = self._achieved(pruner)
             self.progress(Progress(step=step, total=total, loss=float(loss), sparsity=sparsity))
+
+    def _achieved(self, pruner: Pruner | None) -> float:
+        """Sparsity by mask; counted only when the masks have changed."""
+        if pruner is None:
+            return 0.0
+        if self._counted is None or self._counted[0] is not pruner.masks:
+            self._counted = (pruner.masks, pruner.masks.sparsity())
+        return self._counted[1]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.amp == "off":
@@ -339,7 +348,7 @@ def set_lr(optimizer: Optimizer, config: TrainConfig, step: int, total: int) -> 
 def _average(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
     if config.ema is None:
         return None
-    average = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
+    average = get_ema_multi_avg_fn(config.ema)
     return AveragedModel(model, multi_avg_fn=average)
 
 
