@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 
 from sapwood import nn as sparse_nn
-from sapwood.cli import packing
+from sapwood.cli import console, packing
 from sapwood.cli.packing import Timing
 from sapwood.pruning import prune
 
@@ -19,8 +22,15 @@ def pruned_model() -> nn.Module:
     return model.eval()
 
 
-def timing(batch: int, dense: float, packed: float) -> Timing:
-    return Timing(batch, {"dense": dense, "p": packed}, {"dense": dense, "p": packed})
+def timing(batch: int, dense: float, packed: float, undisturbed: float = 1.0) -> Timing:
+    seconds = {"dense": dense, "p": packed}
+    return Timing(batch, seconds, seconds, undisturbed)
+
+
+@pytest.fixture(name="bars")
+def silent_bars() -> Iterator[console.Bars]:
+    with console.bars() as bars:
+        yield bars
 
 
 def test_packed_copy_agrees_and_the_original_stays(model: nn.Module) -> None:
@@ -51,12 +61,35 @@ def test_wrong_packed_output_is_an_error(model: nn.Module, monkeypatch: pytest.M
         packing.pack(model, torch.randn(50, 64))
 
 
-def test_timings_take_turns_and_cover_the_batches(model: nn.Module) -> None:
-    timings = packing.time_models({"dense": model, "p": model}, torch.randn(20, 64), seconds=0)
+def test_timings_take_turns_and_cover_the_batches(model: nn.Module, bars: console.Bars) -> None:
+    models = {"dense": model, "p": model}
+    timings = packing.time_models(models, torch.randn(20, 64), bars, seconds=0)
     assert [t.batch for t in timings] == list(packing.BATCHES)
     for t in timings:
         assert 0 < t.best["p"] <= t.median["p"]
         assert t.speedup("p") == t.best["dense"] / t.best["p"]
+        assert 0 < t.undisturbed <= 1.05
+
+
+def test_disturbed_measurement_is_repeated_and_the_best_kept(
+    model: nn.Module, bars: console.Bars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = iter([0.3, 0.95, 0.5, 0.7, 0.6, 1.0])  # batch 1: twice, 64: three times, 256: once
+
+    def attempt(calls: object, batch: int, seconds: float) -> Timing:
+        return timing(batch, 1.0, 1.0, next(shares))
+
+    monkeypatch.setattr(packing, "_attempt", attempt)
+    timings = packing.time_models({"dense": model}, torch.randn(20, 64), bars)
+    assert [t.undisturbed for t in timings] == [0.95, 0.7, 1.0]
+    assert packing.remarks([timing(64, 2.0, 1.0, 0.7)], ["p"]) == [
+        "Other programs used the processor during the timing: the figures at batch 64 are rough."
+    ]
+
+
+def test_time_lost_to_others_is_noticed() -> None:
+    calls = {"dense": lambda: time.sleep(0.002)}  # asleep, as when another program runs
+    assert not packing.quiet(packing._attempt(calls, 1, 0))
 
 
 def test_remarks_name_every_batch_that_gained_nothing() -> None:

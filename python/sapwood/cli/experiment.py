@@ -89,7 +89,7 @@ def execute(request: Request, dataset: data.Dataset, bars: Bars) -> Outcome:
     if request.sparsity:
         packed = packing.pack(run.model, dataset.test_inputs)
         networks = {"dense": run.model, "packed": packed.model}
-        timings = packing.time_models(networks, dataset.test_inputs, seconds=0.5)
+        timings = packing.time_models(networks, dataset.test_inputs, bars, seconds=0.5)
     report = {
         "schema": SCHEMA,
         "task": request.task,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 
 from sapwood import nn as sparse_nn
 from sapwood import ops
-from sapwood._measure import interleave
+from sapwood._measure import Call, interleave
+from sapwood.cli.console import Bars
 
 BATCHES = (1, 64, 256)
 SAME = 0.03  # a difference of speed below this is noise
+QUIET = 0.9  # share of the time below which other programs disturbed a measurement
+_ATTEMPTS = 3  # how often to wait for a quieter moment
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Timing:
     batch: int
     best: dict[str, float]  # name -> shortest
     median: dict[str, float]
+    undisturbed: float = 1.0  # share of the time in which this program held the processor
 
     def speedup(self, name: str, baseline: str = "dense") -> float:
         return self.best[baseline] / self.best[name]
@@ -94,28 +99,47 @@ def _layer(model: nn.Module, row: sparse_nn.LayerReport) -> Layer:
 
 
 def time_models(
-    models: Mapping[str, nn.Module], inputs: Tensor, *, seconds: float = 1.0
+    models: Mapping[str, nn.Module], inputs: Tensor, bars: Bars, *, seconds: float = 1.0
 ) -> list[Timing]:
     """Times whole forward passes at each batch size; within a size the networks take turns.
 
     Args:
         models: name -> network in evaluation mode; one of them is named "dense".
         inputs: (n, features); repeated where a batch is larger.
-        seconds: spent per batch size.
+        bars: where progress is shown.
+        seconds: spent per batch size; up to three times as much while other programs disturb.
 
     Returns:
         One entry per batch size.
     """
     timings = []
-    for batch in BATCHES:
+    bars.start("timing")
+    for index, batch in enumerate(BATCHES):
+        bars.step(index, len(BATCHES), f"batch {batch}")
         rows = torch.arange(batch) % len(inputs)
         x = inputs[rows].contiguous()  # (batch, features)
         calls = {name: (lambda model=model, x=x: model(x)) for name, model in models.items()}
+        attempts: list[Timing] = []
         with torch.no_grad():
-            times = interleave(calls, rounds=30, seconds=seconds)
-        best = {name: min(samples) for name, samples in times.items()}
-        timings.append(Timing(batch, best, {name: median(s) for name, s in times.items()}))
+            while len(attempts) < _ATTEMPTS and not any(map(quiet, attempts)):
+                attempts.append(_attempt(calls, batch, seconds))
+        timings.append(max(attempts, key=lambda timing: timing.undisturbed))
+    bars.step(len(BATCHES), len(BATCHES), "")
     return timings
+
+
+def _attempt(calls: Mapping[str, Call], batch: int, seconds: float) -> Timing:
+    """One measurement. This thread always computes or spins, so time it lost went to others."""
+    wall, mine = time.perf_counter(), time.thread_time()
+    times = interleave(calls, rounds=30, seconds=seconds)
+    share = (time.thread_time() - mine) / (time.perf_counter() - wall)
+    best = {name: min(samples) for name, samples in times.items()}
+    return Timing(batch, best, {name: median(s) for name, s in times.items()}, share)
+
+
+def quiet(timing: Timing) -> bool:
+    """Whether a measurement was undisturbed enough to state its ratio."""
+    return timing.undisturbed >= QUIET
 
 
 def ratio(speedup: float) -> str:
@@ -129,14 +153,23 @@ def ratio(speedup: float) -> str:
 
 
 def remarks(timings: Sequence[Timing], names: Sequence[str]) -> list[str]:
-    """One sentence on the batch sizes at which packing did not pay; none when it always did."""
+    """Sentences on what did not pay, and on what was hard to measure; none when all is well."""
+    lines = []
     even = [
         f"{name} at batch {timing.batch} ({ratio(timing.speedup(name))})"
         for name in names
         for timing in timings
         if timing.speedup(name) < 1 + SAME
     ]
-    return [f"Not faster than dense here: {', '.join(even)}."] if even else []
+    if even:
+        lines.append(f"Not faster than dense here: {', '.join(even)}.")
+    disturbed = [str(timing.batch) for timing in timings if not quiet(timing)]
+    if disturbed:
+        lines.append(
+            "Other programs used the processor during the timing: the figures at batch "
+            f"{', '.join(disturbed)} are rough."
+        )
+    return lines
 
 
 def as_data(packed: Packed, timings: Sequence[Timing], name: str) -> dict[str, object]:
@@ -167,6 +200,7 @@ def as_data(packed: Packed, timings: Sequence[Timing], name: str) -> dict[str, o
                 "dense_median_seconds": timing.median["dense"],
                 "packed_median_seconds": timing.median[name],
                 "speedup": timing.speedup(name),
+                "undisturbed": timing.undisturbed,
             }
             for timing in timings
         ],
