@@ -250,3 +250,18 @@ def test_clearing_leaves_positive_zeros_in_every_type_and_layout(dtype: torch.dt
         clear_(tensor, keep_bits(mask, tensor))
         integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         assert torch.equal(tensor.view(integer), expected.view(integer))
+
+
+def test_a_failed_attach_leaves_nothing_behind() -> None:
+    model = network()
+    optimizer = OPTIMIZERS["sgd"](list(model.parameters()))
+    pruner = Pruner(model, OneShot(0.5))
+    model[0].weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"score 0\.weight must hold numbers, got 1 NaN values"):
+        pruner.attach(optimizer)
+    assert pruner.masks.sparsity() == 0.0
+    model[0].weight.data[0, 0] = 1.0
+    pruner.attach(optimizer)
+    train_step(model, optimizer, 0)
+    assert pruner.step_count == 1
+    assert_masked(pruner, model, optimizer)

@@ -206,10 +206,13 @@ def test_criteria_with_data_are_stepped_by_hand() -> None:
         ({"include": ["0.wieght"]}, MaskMatchError, "no match for '0.wieght'; closest names"),
         ({"criterion": "magnitud"}, ValueError, "criterion must be one of"),
         ({"enforce": "never"}, ValueError, "enforce must be 'always' or 'on_update', got 'never'"),
+        ({"scope": "block"}, ValueError, "scope must be one of .* or a LayerPlan, got 'block'"),
+        ({"scope": LayerPlan({"9": 0.5})}, MaskMatchError, "the plan must cover every tensor"),
+        ({"min_keep_per_layer": -1}, ValueError, "min_keep_per_layer must be at least 0, got -1"),
         ({"schedule": 0.9}, TypeError, "schedule must be a Schedule, got 0.9"),
         ({"schedule": Linear(0.5, t1=0.5, every=1)}, ValueError, "total_steps must be given"),
     ],
-    ids=["pattern", "criterion", "enforce", "schedule", "fraction"],
+    ids=["pattern", "criterion", "enforce", "scope", "plan", "min-keep", "schedule", "fraction"],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):

@@ -17,6 +17,7 @@ from sapwood.pruning.allocation import LayerPlan
 from sapwood.pruning.criteria import Criterion, describe_criterion, resolve_criterion
 from sapwood.pruning.masks import MaskSet
 from sapwood.pruning.schedules import Schedule
+from sapwood.pruning.select import require_min_keep, require_scope
 
 State = dict[str, Tensor | str | int | float]
 
@@ -36,6 +37,19 @@ class Settings:
     mask_gradients: bool
     enforce: str
     seed: int
+
+    def __post_init__(self) -> None:
+        where = "sapwood.pruning.Pruner"
+        require_scope(self.scope, where)
+        require_min_keep(self.min_keep_per_layer, where)
+        if self.enforce not in ("always", "on_update"):
+            raise ValueError(
+                f"{where}: enforce must be 'always' or 'on_update', got {self.enforce!r}"
+            )
+        if self.enforce == "on_update" and not self.mask_gradients:
+            raise ValueError(
+                f"{where}: enforce must be 'always' without mask_gradients, got 'on_update'"
+            )
 
     def to_json(self) -> str:
         """A JSON object."""

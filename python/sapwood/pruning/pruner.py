@@ -69,7 +69,7 @@ class Pruner:
         seed: seed of a random criterion given by name.
 
     Raises:
-        MaskMatchError: if a rule matches nothing.
+        MaskMatchError: if a rule or a key of a ``LayerPlan`` matches nothing.
         ValueError: if an argument is outside its range.
         TypeError: if an argument has another type.
     """
@@ -92,12 +92,6 @@ class Pruner:
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise TypeError(f"{_WHERE}: schedule must be a Schedule, got {schedule!r}")
-        if enforce not in ("always", "on_update"):
-            raise ValueError(f"{_WHERE}: enforce must be 'always' or 'on_update', got {enforce!r}")
-        if enforce == "on_update" and not mask_gradients:
-            raise ValueError(
-                f"{_WHERE}: enforce must be 'always' without mask_gradients, got 'on_update'"
-            )
         self.schedule = copy.deepcopy(schedule)
         self.schedule.bind(total_steps)
         parameters = {"seed": seed} if criterion == "random" else {}
@@ -112,6 +106,8 @@ class Pruner:
         )
         self._model = model
         self._masks = MaskSet.dense(model, include, exclude)
+        if isinstance(scope, LayerPlan):
+            scope.resolve(list(self._masks))
         self.step_count = 0
         self._averaged: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []
@@ -143,7 +139,8 @@ class Pruner:
 
         Raises:
             TypeError: if it is no torch optimizer.
-            ValueError: if it is attached already, or ``enforce="on_update"`` is not safe with it.
+            ValueError: if it is attached already, ``enforce="on_update"`` is not safe with it, or
+                a weight is NaN; it is then not attached.
             RuntimeError: if the criterion needs data; advance such a pruner with ``step(batch)``.
         """
         where = f"{_WHERE}.attach"
@@ -162,10 +159,14 @@ class Pruner:
                 "call step(batch) by hand"
             )
         self._optimizers.append(optimizer)
+        try:
+            if self.step_count == 0 and self.schedule.is_update(0):
+                self._update(None)
+        except Exception:
+            self._optimizers.pop()
+            raise
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        if self.step_count == 0 and self.schedule.is_update(0):
-            self._update(None)
         return self
 
     def detach(self) -> None:

@@ -111,13 +111,23 @@ def _layer(name: str, scores: Tensor, mask: Tensor, monotone: bool) -> _radix.La
     return _radix.Layer(name, flat, active)
 
 
+def require_scope(scope: str | LayerPlan, where: str) -> None:
+    """ValueError unless ``select`` knows the scope."""
+    if not isinstance(scope, LayerPlan) and scope not in SCOPES:
+        raise ValueError(f"{where}: scope must be one of {SCOPES} or a LayerPlan, got {scope!r}")
+
+
+def require_min_keep(min_keep: int, where: str) -> None:
+    """ValueError unless it is a count."""
+    if isinstance(min_keep, bool) or not isinstance(min_keep, int) or min_keep < 0:
+        raise ValueError(f"{where}: min_keep_per_layer must be at least 0, got {min_keep!r}")
+
+
 def _validate(
     scores: Mapping[str, Tensor], masks: MaskSet, scope: str | LayerPlan, min_keep: int
 ) -> None:
-    if not isinstance(scope, LayerPlan) and scope not in SCOPES:
-        raise ValueError(f"{_WHERE}: scope must be one of {SCOPES} or a LayerPlan, got {scope!r}")
-    if isinstance(min_keep, bool) or not isinstance(min_keep, int) or min_keep < 0:
-        raise ValueError(f"{_WHERE}: min_keep_per_layer must be at least 0, got {min_keep!r}")
+    require_scope(scope, _WHERE)
+    require_min_keep(min_keep, _WHERE)
     if set(scores) != set(masks):
         differing = ", ".join(repr(name) for name in sorted(set(scores) ^ set(masks))[:5])
         raise ValueError(f"{_WHERE}: scores must name the masks, got a difference in {differing}")
