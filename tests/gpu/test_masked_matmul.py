@@ -134,7 +134,7 @@ def test_runs_on_the_current_stream_without_synchronising(batch: int) -> None:
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(500_000_000)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(500_000_000)
         p.x.copy_(later)
         got = run()
         assert not stream.query(), "an op waited for the stream"
