@@ -2,7 +2,6 @@
 // CPU has. Torch-free; rows are split over two threads so that TSan sees how they share memory.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <random>
 #include <string>
@@ -15,7 +14,6 @@
 namespace {
 
 using namespace sapwood::masked_matmul;
-using sapwood::Isa;
 
 int failures = 0;
 
@@ -381,11 +379,11 @@ int main() {
   test_kernels<Base, float>("float");
   test_kernels<Base, double>("double");
 #if defined(__x86_64__)
-  if (sapwood::isa() != Isa::base) {
+  if (sapwood::isa() != sapwood::Isa::base) {
     test_kernels<Avx2, float>("float");
     test_kernels<Avx2, double>("double");
   }
-  if (sapwood::isa() == Isa::avx512) {
+  if (sapwood::isa() == sapwood::Isa::avx512) {
     test_kernels<Avx512, float>("float");
     test_kernels<Avx512, double>("double");
     for (double sparsity : {0.0, 0.5, 0.95}) {
