@@ -1,6 +1,6 @@
 // exp, log and the activations as branch-free scalar code that gcc turns into vector code, because
 // glibc's vector versions are only reached with -ffast-math. The float polynomials are minimax fits
-// (relative error): exp 3e-9, log 8e-10, erfcx 4e-8; the double overloads are the standard library's.
+// (relative error exp 3e-9, log 8e-10, erfcx 4e-8); double overloads are the standard library's.
 #pragma once
 
 #include <bit>

@@ -122,8 +122,8 @@ inline void check_rows(const char* op, const Tensor& values, const Tensor& row_p
                   values.numel(), ", the number of values");
 }
 
-// row_order is for devices: here rows run in storage order, which the hardware prefetches (10 to 30 %
-// faster than by length). The tensors of the transposed structure are for the backward.
+// row_order is for devices: here rows run in storage order, which the hardware prefetches (10 to
+// 30 % faster than by length). The tensors of the transposed structure are for the backward.
 inline Tensor packed_linear_csr(const Tensor& x, const Tensor& values, const Tensor& cols,
                                 const Tensor& row_ptr, const Tensor&,
                                 const std::optional<Tensor>& bias, int64_t k,

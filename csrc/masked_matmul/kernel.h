@@ -1,15 +1,14 @@
 // Products with a masked weight. The ladder, each rung with what it gains over the one before
 // (2048 x 2048, 90 % zeros, fp32, one core; measured figures are in README.md):
 //   1 naive            six lines, obviously right: the oracle of the unit tests
-//   2 row-wise csr     skips the zeros, gathers x: one load per multiplication
-//   3 panels           x transposed to (K, P): one weight meets P activations in registers, loads
-//                      are whole lines, the matrix is read once per P batch rows
-//   4 accumulator sets even and odd non-zeros in different registers hide the latency of the FMA
-//   5 prefetch, blocks the columns are known 16 non-zeros ahead; beyond K = 2048 the columns are
-//                      walked in blocks whose panel stays in L2
-//   6 sell, window     batch 1..8: x lies in registers, 64 rows share its loads, no gather, no
-//                      branch per row or segment
-//   7 bitmap, expand   batch 1..8 at moderate sparsity and least memory: 16 weights per instruction
+//   2 csr on panels    skips the zeros; x transposed to (K, P), so that one weight meets P
+//                      activations in registers and the matrix is read once per P batch rows
+//   3 accumulator sets even and odd non-zeros in different registers hide the latency of the FMA
+//   4 prefetch         the columns are known 16 non-zeros ahead; panel rows come from L2
+//   5 column blocks    beyond K = 2048 the part of the panel in use stays in L2
+//   6 bitmap, expand   batch 1..8, least memory: 16 weights of a row per instruction, no gather
+//   7 sell, window     batch 1..8: x lies in registers and 64 rows share its loads; no gather, and
+//                      no branch per row or segment
 // Tried and left out: blocks of columns small enough for L1. At 90 % its row segments hold
 // 13 non-zeros, and the mispredicted ends cost more than the L2 loads they save.
 // No torch header here; nothing allocates.

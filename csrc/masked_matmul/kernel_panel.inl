@@ -62,7 +62,7 @@ SAPWOOD_TARGET SAPWOOD_INLINE void transpose_tile(const T* __restrict from, int6
   }
 }
 
-// Rows [first, last) of the panel (K, P): panel[c * P + b] = x[b * stride + c], zero from b = batch.
+// Rows [first, last) of the panel (K, P): panel[c * P + b] = x[b * stride + c], 0 from b = batch.
 template <class T>
 SAPWOOD_TARGET void fill_panel(const T* x, int64_t stride, int64_t batch, int64_t first,
                                int64_t last, T* panel, int64_t width) {
