@@ -117,7 +117,8 @@ inline Tensor result_as(const LinearCall& call, ScalarType type) {
 inline void check_rows(const char* op, const Tensor& values, const Tensor& row_ptr, int64_t n) {
   check_shape(op, "row_ptr", row_ptr, {n + 1});
   check_dtype(op, "row_ptr", row_ptr, row_ptr.scalar_type() == ScalarType::Long, "int64");
-  const bool consistent = row_ptr.is_contiguous() && data<int64_t>(row_ptr)[n] == values.numel();
+  const bool consistent =
+      n >= 0 && row_ptr.is_contiguous() && data<int64_t>(row_ptr)[n] == values.numel();
   STD_TORCH_CHECK(consistent, "sapwood.", op, ": row_ptr must be contiguous and end at ",
                   values.numel(), ", the number of values");
 }
