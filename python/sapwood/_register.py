@@ -33,6 +33,7 @@ class OpSpec:
     vmap: VmapRule
     setup: Callable[..., None] | None = None  # (ctx, inputs, output): save only what is needed
     backward: Callable[..., Any] | None = None  # differentiable; honours ctx.needs_input_grad
+    variant: bool = False  # another kernel for an op of the schema, under a name of its own
 
 
 _declared: dict[str, OpSpec] = {}
@@ -40,8 +41,8 @@ _callables: dict[str, Callable[..., Any]] = {}
 
 
 def declared() -> dict[str, OpSpec]:
-    """Every op that was declared, by name."""
-    return dict(_declared)
+    """Every op of the schema that was declared, by name."""
+    return {name: spec for name, spec in _declared.items() if not spec.variant}
 
 
 def callable_for(name: str) -> Callable[..., Any]:

@@ -147,7 +147,10 @@ def batch_bucket(batch: int) -> int:
     >>> [batch_bucket(b) for b in (0, 1, 15, 16, 17, 31, 10_000)]
     [0, 0, 4, 5, 6, 6, 16]
     """
-    return max(0, bisect_right(BUCKETS, batch) - 1)
+    bucket = len(BUCKETS) - 1
+    while bucket > 0 and batch < BUCKETS[bucket]:  # bisect, but torch.compile can trace it
+        bucket -= 1
+    return bucket
 
 
 def batch_units(format: str, batch: int) -> int:

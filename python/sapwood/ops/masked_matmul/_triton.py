@@ -47,7 +47,7 @@ def _define(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Any]:
     _library.define(schema.replace(name, f"{name}_triton", 1))
     _library.impl(f"{name}_triton", kernel, "CUDA")
     spec = _register.declared()[name]
-    return _register.define_op(dataclasses.replace(spec, name=f"{name}_triton"))
+    return _register.define_op(dataclasses.replace(spec, name=f"{name}_triton", variant=True))
 
 
 masked_matmul = _define("masked_matmul", _masked_matmul)
