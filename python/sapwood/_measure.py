@@ -29,7 +29,7 @@ _GPU_FLUSH_BYTES = 256 << 20
 class Sampler:
     """Times one call in its steady state.
 
-    On the CPU every sample begins with calls that are not timed: otherwise the weights that
+    On the CPU calls that are not timed precede every sample: otherwise the weights that
     neighbours pushed out of the cache would count, and a ratio would depend on how many providers
     take part. Short calls are repeated within a sample, so the clock's grain vanishes.
     """
@@ -42,8 +42,11 @@ class Sampler:
             self._flush = torch.empty(_GPU_FLUSH_BYTES, dtype=torch.uint8, device=device)
         call()
         self._repeats = 1
-        while device == "cpu" and self.sample() * self._repeats < SHORTEST_SAMPLE:
+        #: The sample that settled how often the call is repeated.
+        self.first = self.sample()
+        while device == "cpu" and self.first * self._repeats < SHORTEST_SAMPLE:
             self._repeats *= 2
+            self.first = self.sample()
 
     def sample(self) -> float:
         """Seconds per call, averaged over one sample."""
@@ -51,7 +54,6 @@ class Sampler:
             return self._gpu_sample(self._flush)
         call = self._call
         settled = time.perf_counter() + self._settle
-        call()
         while time.perf_counter() < settled:
             call()
         start = time.perf_counter()

@@ -30,7 +30,7 @@ def bench(
     ] = "torch",
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     size: Annotated[int, typer.Option(min=16, max=16384, help="Side of the square weight.")] = 2048,
-    quick: Annotated[bool, typer.Option(help="Fewer points and rounds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer points and rounds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Time packed sparse products against dense torch on this machine."""

@@ -148,7 +148,7 @@ def calibrate(
         ['bitmap', 'csr', 'dense', 'sell']
 
     Args:
-        seconds: how long to measure; at least three rounds are completed, and up to three times
+        seconds: how long to measure; at least two rounds are completed, and up to three times
             as much is spent while other programs disturb the measurement.
         force: measure even when the cache holds a table.
         threads: torch threads to measure with; default the current number.
