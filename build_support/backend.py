@@ -33,14 +33,14 @@ def _site_dirs() -> Iterator[str]:
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):  # pypa/build and uv isolate elsewhere
         if os.environ.get(name):
-            yield os.path.join(os.environ[name], "lib", version, "site-packages")
+            yield str(Path(os.environ[name], "lib", version, "site-packages"))
     yield from filter(None, sys.path)
 
 
 def find_torch(settings: Settings = None) -> str | None:
     """Directory of the torch package whose headers the build will use, or None."""
     given = (settings or {}).get("cmake.define.TORCH_DIR") or os.environ.get("SAPWOOD_TORCH_DIR")
-    for candidate in [given] if given else [os.path.join(d, "torch") for d in _site_dirs()]:
+    for candidate in [given] if given else [Path(d, "torch") for d in _site_dirs()]:
         if (Path(candidate) / _HEADER).is_file():
             return str(candidate)
     if given:

@@ -14,8 +14,9 @@ py::dict build_report() {
   report["version"] = SAPWOOD_VERSION;
   report["compiler"] = "gcc " __VERSION__;
   report["torch_headers"] = SAPWOOD_BUILD_TORCH;
-  report["cuda"] = std::string(SAPWOOD_BUILD_CUDA).empty() ? py::object(py::none())
-                                                            : py::object(py::str(SAPWOOD_BUILD_CUDA));
+  report["cuda"] = std::string(SAPWOOD_BUILD_CUDA).empty()
+                       ? py::object(py::none())
+                       : py::object(py::str(SAPWOOD_BUILD_CUDA));
   report["cuda_archs"] = SAPWOOD_BUILD_ARCHS;
   return report;
 }
