@@ -19,7 +19,7 @@ from sapwood.cli.console import Bars
 BATCHES = (1, 64, 256)
 SAME = 0.03  # a difference of speed below this is noise
 QUIET = 0.9  # share of the time below which other programs disturbed a measurement
-_ATTEMPTS = 3  # how often to wait for a quieter moment
+_PATIENCE = 3  # times the given seconds: how long to wait for a quieter moment
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,11 @@ def time_models(
         x = inputs[rows].contiguous()  # (batch, features)
         calls = {name: (lambda model=model, x=x: model(x)) for name, model in models.items()}
         attempts: list[Timing] = []
+        deadline = time.perf_counter() + _PATIENCE * seconds
         with torch.no_grad():
-            while len(attempts) < _ATTEMPTS and not any(map(quiet, attempts)):
+            while not attempts or (
+                not any(map(quiet, attempts)) and time.perf_counter() < deadline
+            ):
                 attempts.append(_attempt(calls, batch, seconds))
         timings.append(max(attempts, key=lambda timing: timing.undisturbed))
     bars.step(len(BATCHES), len(BATCHES), "")
@@ -131,7 +134,7 @@ def time_models(
 def _attempt(calls: Mapping[str, Call], batch: int, seconds: float) -> Timing:
     """One measurement. This thread always computes or spins, so time it lost went to others."""
     wall, mine = time.perf_counter(), time.thread_time()
-    times = interleave(calls, rounds=30, seconds=seconds)
+    times = interleave(calls, rounds=10, seconds=seconds)
     share = (time.thread_time() - mine) / (time.perf_counter() - wall)
     best = {name: min(samples) for name, samples in times.items()}
     return Timing(batch, best, {name: median(s) for name, s in times.items()}, share)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -68,7 +69,7 @@ def perceptron(data: Dataset, hidden: tuple[int, ...], seed: int) -> nn.Sequenti
 
 
 def train(name: str, recipe: Recipe, data: Dataset, hidden: tuple[int, ...], bars: Bars) -> Run:
-    """Trains one network by one method, on the CPU.
+    """Trains one network by one method, on one thread: the outcome depends on the recipe alone.
 
     Equal recipes but for method and sparsity start from the same weights and see the same batches.
 
@@ -93,17 +94,16 @@ def train(name: str, recipe: Recipe, data: Dataset, hidden: tuple[int, ...], bar
 
     start = time.perf_counter()
     model = perceptron(data, hidden, recipe.seed)
+    masks: pruning.MaskSet | None = None
+    report: pruning.SparsityReport | None = None
     history: list[dict[str, float]] = []
-    result = None
-    for phase in _phases(recipe, progress):
-        pairs = (data.train_inputs, data.train_labels), (data.test_inputs, data.test_labels)
-        result = phase.fit(model, *pairs)
-        done = history[-1] if history else {"step": 0, "epoch": 0}
-        counted = {"step": done["step"], "epoch": done["epoch"]}
-        history += [
-            {**row, **{key: row[key] + counted[key] for key in counted}} for row in result.history
-        ]
-    masks, report = (result.masks, result.report) if result else (None, None)
+    pairs = (data.train_inputs, data.train_labels), (data.test_inputs, data.test_labels)
+    with _one_thread():
+        for phase in _phases(recipe, progress):
+            result = phase.fit(model, *pairs)
+            masks, report = result.masks, result.report
+            done = {key: history[-1][key] if history else 0 for key in ("step", "epoch")}
+            history += [{**row, **{k: row[k] + done[k] for k in done}} for row in result.history]
     if recipe.method == "one-shot" and not recipe.finetune_epochs:
         masks = pruning.prune(model, recipe.sparsity, scope=recipe.scope)
         report = pruning.SparsityReport.of(model, masks)
@@ -122,6 +122,17 @@ def train(name: str, recipe: Recipe, data: Dataset, hidden: tuple[int, ...], bar
         wrong=wrong,
         seconds=time.perf_counter() - start,
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """More threads would add up gradients in another order, and gain little on small networks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _phases(
