@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -42,14 +43,16 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 nitpicky = False
 
+MARKUP = re.compile(r"\(\*[,)]|, \*\w*\)|\|\w[\w ]*\|")
 
-def escape_shapes(
+
+def escape_maths(
     app: object, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """The star of a shape such as (*, K) is not the start of emphasis."""
-    lines[:] = [line.replace("(*,", r"(\*,") for line in lines]
+    """The star of a shape (*, K) starts no emphasis, the bars of |w| no substitution."""
+    lines[:] = [MARKUP.sub(lambda m: re.sub(r"[|*]", r"\\\g<0>", m[0]), line) for line in lines]
 
 
 def setup(app: Sphinx) -> None:
     """Connects the hook."""
-    app.connect("autodoc-process-docstring", escape_shapes)
+    app.connect("autodoc-process-docstring", escape_maths)
