@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -92,9 +91,18 @@ def test_disturbance_is_stated() -> None:
     ]
 
 
-def test_time_lost_to_others_is_noticed() -> None:
-    calls = {"dense": lambda: time.sleep(0.002)}  # asleep, as when another program runs
-    assert not packing.quiet(packing._attempt(calls, 1, 0))
+def test_time_lost_to_others_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"dense": lambda: None}
+    for lost, expected in ((0.0, True), (100.0, False)):
+        ticks = iter([0.0, lost])
+        monkeypatch.setattr(packing, "_seconds_lost", lambda ticks=ticks: next(ticks))
+        assert packing.quiet(packing._attempt(calls, 1, 0)) is expected
+
+
+def test_lost_time_only_grows() -> None:
+    before = packing._seconds_lost()
+    sum(range(10**6))
+    assert packing._seconds_lost() >= before >= 0
 
 
 def test_remarks_name_every_batch_that_gained_nothing() -> None:
