@@ -17,6 +17,7 @@ import torch
 from sapwood import _check
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 NAMES = ("auto", "native", "triton", "dense", "reference")
 
 
@@ -183,16 +184,18 @@ def log(op: str, kernel: str, *args: Any) -> None:
 def native(op: str, run: Callable[..., Any]) -> Backend:
     """The compiled kernel of an op, for the kinds of device this build has one for."""
 
+    kinds = frozenset(kind for kind in _DISPATCH_KEYS if has_kernel(op, kind))
+
     def why_not(x: torch.Tensor, *_: Any) -> str | None:
         kind = x.device.type
-        return None if has_kernel(op, kind) else f"this build has no {kind} kernel"
+        return None if kind in kinds else f"this build has no {kind} kernel"
 
     return Backend("native", why_not, run)
 
 
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether the compiled library has a kernel of its own for this kind of device."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    key = _DISPATCH_KEYS.get(device_type)
     return key is not None and bool(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"sapwood::{op}", key)
     )
