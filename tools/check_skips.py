@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("report", type=Path)
     parser.add_argument("allowed", nargs="*", help="beginnings of reasons that may skip")
     parser.add_argument("--count", type=int, default=0, help="how many tests skip; default: 0")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     reasons = skipped(arguments.report)
     unexpected = [r for r in reasons if not r.startswith(tuple(arguments.allowed))]
     print(f"{reasons.total()} skipped, {arguments.count} expected")
