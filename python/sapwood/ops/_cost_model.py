@@ -7,7 +7,7 @@ interpolates them:
 
 piecewise linearly in log(n k), log(batch) and density. The cost per weight and batch column moves
 slowly with the shape (it follows the cache level the weights lie in) and with the batch (it
-follows register reuse), which is why three shapes and seven batches are enough. The shapes
+follows register reuse), which is why three shapes and six batches are enough. The shapes
 measured are square; skewed ones cost a packed format more, by (longer side / shorter)**SKEW.
 """
 
