@@ -67,7 +67,7 @@ def test_timings_take_turns_and_cover_the_batches(model: nn.Module, bars: consol
     for t in timings:
         assert 0 < t.best["p"] <= t.median["p"]
         assert t.speedup("p") == t.best["dense"] / t.best["p"]
-        assert 0 < t.undisturbed <= 1.05
+        assert 0 <= t.undisturbed <= 1
 
 
 def test_disturbed_measurement_is_repeated_and_the_best_kept(
