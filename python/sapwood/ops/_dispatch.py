@@ -165,8 +165,7 @@ def calibrate(
     name = _dtype_name("calibrate", dtype)
     if not 0 < seconds < float("inf"):
         _check.fail(ValueError, "calibrate", "seconds", "be positive and finite", seconds)
-    before = torch.get_num_threads()
-    threads = before if threads is None else threads
+    threads = torch.get_num_threads() if threads is None else threads
     if threads < 1:
         _check.fail(ValueError, "calibrate", "threads", "be at least 1", threads)
     key = Key(device, device_isa(device), name, threads)
@@ -174,25 +173,32 @@ def calibrate(
     if key in cached and not force:
         _memory[key] = cached[key]
         return cached[key]
+    table = _measured(key, dtype, seconds)
+    _memory[key] = table
+    if table.source == "calibrated":
+        _write_cache({**cached, key: table})
+    return table
+
+
+def _measured(key: Key, dtype: torch.dtype, seconds: float) -> DispatchTable:
+    """A fresh table, or with a warning the built-in one where the machine is too busy for it."""
     from sapwood.ops import _calibrate  # only here: most processes never measure
 
-    if threads != before:
-        torch.set_num_threads(threads)
+    before = torch.get_num_threads()
+    if key.threads != before:
+        torch.set_num_threads(key.threads)
     try:
         table, noise = _calibrate.measure(key, dtype, seconds=seconds)
     finally:
-        if threads != before:
+        if key.threads != before:
             torch.set_num_threads(before)
-    if noise > _calibrate.TOO_NOISY:
-        _warn_once(
-            f"sapwood: this machine is too busy to measure (times vary by {noise:.0%}); packed "
-            "weights are dispatched by the built-in table until sapwood.ops.calibrate() succeeds"
-        )
-        _memory[key] = builtin_table(key)
-        return _memory[key]
-    _memory[key] = table
-    _write_cache({**cached, key: table})
-    return table
+    if noise <= _calibrate.TOO_NOISY:
+        return table
+    _warn_once(
+        f"sapwood: this machine is too busy to measure (times vary by {noise:.0%}); packed "
+        "weights are dispatched by the built-in table until sapwood.ops.calibrate() succeeds"
+    )
+    return builtin_table(key)
 
 
 def builtin_table(key: Key) -> DispatchTable:
