@@ -36,7 +36,7 @@ tour: $(STAMPS)/package $(STAMPS)/tour  ## prune, pack and run a real network; w
 
 test: build emulation  ## all tests that need no GPU, C++ tests included
 	ctest --test-dir build/emu --output-on-failure --timeout 300
-	$(BIN)/python -m pytest -m "not gpu" --emulation-library $(EMULATION) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not gpu" --emulation-library=$(EMULATION) $(PYTEST_FLAGS)
 
 bench: build  ## quick benchmark sweep, ratios to dense torch
 	$(BIN)/sapwood bench masked_matmul --vs torch
