@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -31,6 +33,15 @@ def _load_ops() -> str | None:
     except OSError as error:
         return f"sapwood: the compiled library {spec.origin} does not load: {error}"
     return None
+
+
+def build_id() -> str:
+    """Names the op library and the torch it runs with: what a measurement of speed holds for."""
+    spec = importlib.util.find_spec("sapwood._ops")
+    if spec is None or spec.origin is None:
+        return f"none with torch {torch.__version__}"
+    content = Path(spec.origin).read_bytes()
+    return f"{hashlib.sha256(content).hexdigest()[:16]} with torch {torch.__version__}"
 
 
 def _load_native() -> ModuleType | None:

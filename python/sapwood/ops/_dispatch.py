@@ -263,6 +263,11 @@ def cache_file() -> Path:
     return (Path(folder) if folder else _user_cache()) / name
 
 
+@lru_cache(maxsize=1)
+def _build() -> str:
+    return _load.build_id()
+
+
 def _user_cache() -> Path:
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
@@ -286,6 +291,8 @@ def _read_cache() -> dict[Key, DispatchTable]:
         for field, value in expected.items():
             if content.get(field) != value:
                 raise ValueError(f"its {field} is {content.get(field)!r}, here it is {value!r}")
+        if content.get("build") != _build():
+            return {}  # measured with other kernels, or against another torch: measure anew
         tables = [DispatchTable.from_dict(table, str(path)) for table in content["tables"]]
     except (FileNotFoundError, NotADirectoryError):
         return {}
@@ -302,6 +309,7 @@ def _write_cache(tables: dict[Key, DispatchTable]) -> None:
         "layout": LAYOUT,
         "cpu": cpu_name(),
         "version": sapwood.__version__,
+        "build": _build(),
         "tables": [table.to_dict() for table in tables.values()],
     }
     temporary: Path | None = None

@@ -135,7 +135,16 @@ def _backward_csr(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             transposed = transpose_csr(cols, row_ptr, ctx.k)
         cols_t, row_ptr_t, row_order_t, perm = transposed
         grad_x = packed_linear_csr(
-            *(grad, values[perm], cols_t, row_ptr_t, row_order_t, None, grad.shape[1], "none"),
+            *(
+                grad,
+                values.index_select(0, perm),
+                cols_t,
+                row_ptr_t,
+                row_order_t,
+                None,
+                grad.shape[1],
+                "none",
+            ),
             *[None] * 4,
         )
     if need_values:
@@ -164,7 +173,8 @@ def _backward_sampled(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         cols_t, row_ptr_t, row_order_t, perm = transpose_csr(cols, row_ptr, k)
         grad_x = packed_linear_csr(
-            *(grad, tangent[perm], cols_t, row_ptr_t, row_order_t, None, n, "none"), *[None] * 4
+            *(grad, tangent.index_select(0, perm), cols_t, row_ptr_t, row_order_t, None, n, "none"),
+            *[None] * 4,
         )
     return grad_grad, grad_x, None, None
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +12,7 @@ import torch
 
 from sapwood.ops import _calibrate, _cost_model, _dispatch
 from sapwood.ops._cost_model import DispatchTable, Key, Surface
-
-KEY = Key("cpu", "avx512", "float32", 1)
-SIDES = (256, 1024)
-
-
-def surface(cost: float, overhead: float = 1e-6, *, slope: float = 0.0) -> Surface:
-    """Costs per weight and batch column: ``cost + slope * density``, whatever shape and batch."""
-    densities = (0.1, 1.0)
-    row = tuple(cost + slope * d for d in densities)
-    return Surface(overhead, (1, 64), densities, ((row, row),) * len(SIDES))
-
-
-def table(**changes: Any) -> DispatchTable:
-    """Dense costs 1 ps per weight and column; csr 2 ps per kept weight; bitmap 0.5 ps + 0.5 ps."""
-    surfaces = {
-        "dense": surface(1e-12),
-        "csr": surface(0.0, slope=2e-12),
-        "bitmap": surface(0.5e-12, slope=0.5e-12),
-    }
-    return replace(DispatchTable(KEY, SIDES, surfaces, "0.1.0", "calibrated"), **changes)
-
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Every test starts with empty caches, and writes below its own folder only."""
-    monkeypatch.setattr(_dispatch, "_memory", {})
-    monkeypatch.setattr(_dispatch, "_warned", set())
-    monkeypatch.setenv("SAPWOOD_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("SAPWOOD_DISPATCH", raising=False)
-    before = torch.get_num_threads()
-    yield
-    assert torch.get_num_threads() == before
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[Key]:
-    """Replaces the stopwatch; lists what was measured."""
-    keys: list[Key] = []
-
-    def measure(key: Key, dtype: torch.dtype, *, seconds: float) -> tuple[DispatchTable, float]:
-        assert torch.get_num_threads() == key.threads
-        keys.append(key)
-        return table(key=key), 0.01
-
-    monkeypatch.setattr(_calibrate, "measure", measure)
-    return keys
+from tests.dispatch.tables import KEY, surface, table
 
 
 @pytest.mark.parametrize(
@@ -334,78 +286,6 @@ def test_unknown_policy_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_arguments(arguments: dict[str, Any], kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=rf"^sapwood\.calibrate: {text}$"):
         _dispatch.calibrate(**arguments)
-
-
-def spoil(text: str) -> None:
-    _dispatch.cache_file().parent.mkdir(parents=True, exist_ok=True)
-    _dispatch.cache_file().write_text(text)
-
-
-@pytest.mark.parametrize(
-    ("spoiled", "reason"),
-    [
-        ("", "Expecting value"),
-        ('{"layout": 1, "tables"', "Expecting"),
-        ("[" * 100_000, "recursion"),
-        ("null", "does not hold a list of tables"),
-        ({"cpu": "another"}, "its cpu is 'another'"),
-        ({"version": "0.0.1"}, "its version is '0.0.1'"),
-        ({"layout": 99}, "its layout is 99"),
-        ({"tables": [{}]}, "layout must be 1, got None"),
-    ],
-    ids=["empty", "truncated", "deep", "null", "cpu", "version", "layout", "table"],
-)
-def test_a_foreign_or_broken_file_is_measured_anew_with_one_warning(
-    spoiled: str | dict[str, Any], reason: str, measured: list[Key]
-) -> None:
-    _dispatch.calibrate()
-    original = json.loads(_dispatch.cache_file().read_text())
-    spoil(spoiled if isinstance(spoiled, str) else json.dumps({**original, **spoiled}))
-    _dispatch._memory.clear()
-    with pytest.warns(UserWarning, match=f"ignoring the dispatch cache .*{reason}") as caught:
-        assert _dispatch.table_for("cpu", torch.float32).source == "calibrated"
-    assert len(caught) == 1
-    assert len(measured) == 2
-    assert json.loads(_dispatch.cache_file().read_text()) == original
-
-
-def test_an_oversized_file_is_not_read(
-    measured: list[Key], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_dispatch, "_LARGEST_FILE", 10)
-    spoil("x" * 11)
-    with pytest.warns(UserWarning, match="larger than 10 bytes"):
-        _dispatch.table_for("cpu", torch.float32)
-
-
-def test_an_unwritable_cache_keeps_the_table_in_memory_with_one_warning(
-    measured: list[Key], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SAPWOOD_CACHE_DIR", str(tmp_path / "file"))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        first = _dispatch.calibrate()
-        _dispatch.calibrate(dtype=torch.float64)
-    assert len(caught) == 1
-    assert "kept in memory only" in str(caught[0].message)
-    assert _dispatch.table_for("cpu", torch.float32) is first
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    measured: list[Key], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _dispatch.calibrate()
-    before = _dispatch.cache_file().read_text()
-
-    def refuse(self: Path, target: Path) -> Path:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.warns(UserWarning, match="disk full"):
-        _dispatch.calibrate(dtype=torch.float64)
-    assert list(_dispatch.cache_file().parent.iterdir()) == [_dispatch.cache_file()]
-    assert _dispatch.cache_file().read_text() == before
 
 
 def test_cache_file_names_cpu_and_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
