@@ -13,8 +13,9 @@ from sapwood import _load
 
 if TYPE_CHECKING:
     from sapwood import data, nn, ops, pruning, reference, report
-    from sapwood._backend import backend, explain
+    from sapwood._backend import backend
     from sapwood._check import check_values
+    from sapwood.ops._explain import explain
 
 __version__ = "0.1.0"
 
@@ -34,7 +35,7 @@ __all__ = [
 _SUBMODULES = ("data", "nn", "ops", "pruning", "reference", "report")
 _FUNCTIONS = {
     "backend": "sapwood._backend",
-    "explain": "sapwood._backend",
+    "explain": "sapwood.ops._explain",
     "check_values": "sapwood._check",
 }
 _native = _load.native

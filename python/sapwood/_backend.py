@@ -55,42 +55,17 @@ class Explanation:
         return "\n".join([f"sapwood.{self.op}:", *lines])
 
 
-_explainers: dict[str, Callable[..., Explanation]] = {}
+explainers: dict[str, Callable[..., Explanation]] = {}
 
 
 def explainable(explainer: Callable[..., Explanation]) -> Callable[[_F], _F]:
     """Decorates a public op with the function that explains a call of it."""
 
     def decorate(function: _F) -> _F:
-        _explainers[function.__name__] = explainer
+        explainers[function.__name__] = explainer
         return function
 
     return decorate
-
-
-def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanation:
-    """Says which kernel a call would run and why the others cannot or do not.
-
-    Example::
-
-        print(sapwood.explain(sapwood.ops.masked_matmul, x, weight, mask))
-
-    Args:
-        op: a public op, or its name.
-        *args: what you would call it with.
-        **kwargs: likewise.
-
-    Returns:
-        An :class:`Explanation`; ``print`` it, or read ``.chosen`` and ``.candidates``.
-
-    Raises:
-        ValueError: for a function that is not an op of sapwood.
-    """
-    import sapwood.ops  # noqa: F401  fills the registry
-
-    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    _check.one_of("explain", "op", name, sorted(_explainers))
-    return _explainers[name](*args, **kwargs)
 
 
 def _forced_by_environment() -> str:

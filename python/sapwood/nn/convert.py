@@ -13,7 +13,7 @@ from sapwood import _check
 from sapwood.nn.masked_matmul import MaskedLinear, SparseLinear, output_batch
 from sapwood.ops import _dispatch
 from sapwood.ops.masked_matmul import FORMATS
-from sapwood.ops.masked_matmul._packed_weight import supported
+from sapwood.ops.masked_matmul._layouts import supported
 
 _BATCHES = (1, 8, 64, 256)
 

@@ -14,7 +14,7 @@ from sapwood import _check
 from sapwood.ops import masked_matmul as masked_matmul_op
 from sapwood.ops import pack_sparse, packed_linear, unpack
 from sapwood.ops.masked_matmul import PackedWeight
-from sapwood.ops.masked_matmul._packed_weight import TRANSPOSED
+from sapwood.ops.masked_matmul._layouts import TRANSPOSED
 
 _STRUCTURE = ("cols", "row_ptr", "row_order")
 

@@ -4,6 +4,7 @@
 :func:`packed_linear` once the mask is fixed.
 """
 
+from sapwood.ops.masked_matmul._layouts import FORMATS
 from sapwood.ops.masked_matmul._packed_linear import (
     ACTIVATIONS,
     Decision,
@@ -11,7 +12,7 @@ from sapwood.ops.masked_matmul._packed_linear import (
     packed_linear,
     sampled_matmul,
 )
-from sapwood.ops.masked_matmul._packed_weight import FORMATS, PackedWeight, pack_sparse, unpack
+from sapwood.ops.masked_matmul._packed_weight import PackedWeight, pack_sparse, unpack
 from sapwood.ops.masked_matmul._training import masked_matmul
 
 __all__ = [

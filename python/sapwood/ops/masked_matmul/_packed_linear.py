@@ -13,12 +13,8 @@ from sapwood import _backend, _check
 from sapwood.ops import _dispatch
 from sapwood.ops.masked_matmul import _packed_specs as specs
 from sapwood.ops.masked_matmul import _triton
-from sapwood.ops.masked_matmul._packed_weight import (
-    FORMATS,
-    TRANSPOSED,
-    PackedWeight,
-    supported,
-)
+from sapwood.ops.masked_matmul._layouts import FORMATS, TRANSPOSED, supported
+from sapwood.ops.masked_matmul._packed_weight import PackedWeight
 from sapwood.ops.masked_matmul._training import as_flat, autocast
 from sapwood.reference import masked_matmul as reference
 

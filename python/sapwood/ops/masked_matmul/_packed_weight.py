@@ -12,20 +12,15 @@ from torch import Tensor
 from sapwood import _check
 from sapwood.ops import _dispatch
 from sapwood.ops.masked_matmul import _packed_specs as specs
+from sapwood.ops.masked_matmul._layouts import (
+    FIELDS,
+    FORMATS,
+    SMALL_BATCH,
+    TRANSPOSED,
+    Layout,
+    supported,
+)
 from sapwood.reference import masked_matmul as reference
-
-FORMATS = ("dense", "bitmap", "csr", "sell")
-FIELDS = {
-    "dense": ("weight",),
-    "csr": ("values", "cols", "row_ptr", "row_order"),
-    "bitmap": ("values", "words", "row_ptr"),
-    "sell": ("values", "index", "window", "slice_ptr"),
-}
-
-TRANSPOSED = ("cols_t", "row_ptr_t", "row_order_t", "perm")
-SMALL_BATCH = 8  # bitmap and sell are fast up to here
-
-Layout = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -204,11 +199,6 @@ def _layout(fmt: str, weight: Tensor, mask: Tensor) -> Layout:
     if fmt == "dense":
         return {"weight": torch.where(mask, weight, 0.0)}
     return dict(zip(FIELDS[fmt], pack[fmt](weight, mask), strict=True))
-
-
-def supported(fmt: str, dtype: torch.dtype, device_type: str) -> bool:
-    """Whether the format has a fast kernel for values of this dtype on this kind of device."""
-    return fmt != "sell" or (dtype == torch.float32 and device_type == "cpu")
 
 
 def _flushed(weight: Tensor) -> Tensor:

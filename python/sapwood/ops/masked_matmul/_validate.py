@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from sapwood.ops.masked_matmul._packed_weight import FIELDS, Layout
+from sapwood.ops.masked_matmul._layouts import FIELDS, Layout
 from sapwood.reference import masked_matmul as reference
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
