@@ -33,6 +33,7 @@ exclude_patterns = ["_build", "_ext"]
 html_theme = "furo"
 html_title = "sapwood"
 html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_math_renderer = "mathml"
 html_show_sourcelink = False
 
