@@ -46,8 +46,6 @@ FLOORS = {
 PRUNING_METHODS = ("similarity", "llm", "persona")
 #: Floors whose modules are one unit: what a person types, and the helpers of the ops.
 SHARED = (CLI, HELPERS)
-#: The one step up: explain() imports the ops, at call time, so that they register themselves.
-EXCEPTIONS = {("_backend", "ops")}
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -110,7 +108,6 @@ def faults(source: str, parts: list[str], package: list[str]) -> list[str]:
         if (there := unit(target)) != here
         and floor(there) >= floor(here)
         and not (floor(there) == floor(here) and floor(here) in SHARED)
-        and (here, there) not in EXCEPTIONS
     ]
 
 
