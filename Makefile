@@ -5,9 +5,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 OUT ?= tour-output
+DATA ?= data
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ "$$n" -gt 4 ] && echo 4 || echo "$$n")
 TOUR_FLAGS ?=
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -25,21 +27,24 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PATH := $(abspath $(BIN)):$(PATH)
 CMAKE = SAPWOOD_TORCH_DIR="$$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/torch" cmake
 .DELETE_ON_ERROR:
-.PHONY: help tour test bench docs wheel lint build emulation sanitizer environment clean FORCE
+.PHONY: help tour test experiment bench docs wheel lint build emulation sanitizer environment clean FORCE
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 20
-	@echo "variables: PYTHON=$(PYTHON) TORCH=$(TORCH) JOBS=$(JOBS) OUT=$(OUT) TOUR_FLAGS PYTEST_FLAGS"
+	@echo "variables: PYTHON=$(PYTHON) TORCH=$(TORCH) JOBS=$(JOBS) OUT=$(OUT) TOUR_FLAGS PYTEST_FLAGS BENCH_FLAGS"
 
 tour: $(STAMPS)/package $(STAMPS)/tour  ## prune, pack and run a real network; writes $(OUT)/index.html
 	$(BIN)/sapwood tour --out $(OUT) $(TOUR_FLAGS)
 
 test: build emulation  ## all tests that need no GPU, C++ tests included
 	ctest --test-dir build/emu --output-on-failure --timeout 300
-	$(BIN)/python -m pytest -m "not gpu" --emulation-library=$(EMULATION) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not gpu and not experiment" --emulation-library=$(EMULATION) $(PYTEST_FLAGS)
 
-bench: build  ## quick benchmark sweep, ratios to dense torch
-	$(BIN)/sapwood bench masked_matmul --vs torch
+experiment: build  ## trains for minutes on the real data sets in DATA, and judges what is claimed
+	$(BIN)/python -m pytest -m experiment "--data=$(DATA)"
+
+bench: build  ## quick benchmark sweep with all peers, ratios to dense torch
+	$(BIN)/python -m pytest bench -q --benchmark-columns=min,median,rounds $(BENCH_FLAGS)
 
 docs: build  ## documentation site in docs/_build/html, warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

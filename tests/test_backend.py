@@ -58,6 +58,16 @@ def test_forcing_the_reference() -> None:
     assert _backend.forced() == "auto"
 
 
+@pytest.mark.parametrize("fmt", ["csr", "bitmap", "sell"])
+def test_forcing_the_reference_of_packed_weights(fmt: str) -> None:
+    packed, x = pack_sparse(torch.randn(9, 40), format=fmt), torch.randn(3, 40)
+    native = sapwood.ops.packed_linear(x, packed)
+    with sapwood.backend("reference"):
+        torch.testing.assert_close(sapwood.ops.packed_linear(x, packed), native)
+    with sapwood.backend("triton"), pytest.raises(RuntimeError, match=f"packed_linear_{fmt}"):
+        sapwood.ops.packed_linear(x, packed)
+
+
 def test_forcing_what_cannot_run_gives_the_reason() -> None:
     with sapwood.backend("triton"), pytest.raises(RuntimeError) as caught:
         sapwood.ops.masked_matmul(*arguments())
@@ -87,7 +97,7 @@ def test_log_names_the_kernel_once() -> None:
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stderr.splitlines() if line.startswith("sapwood.")]
     assert lines == [
-        "sapwood.packed_linear(torch.float32(2, 8)@cpu): csr",
+        "sapwood.packed_linear_csr(torch.float32(2, 8)@cpu): native",
         "sapwood.masked_matmul(torch.float32(2, 8)@cpu, torch.float32(8, 8)@cpu, "
         "torch.bool(8, 8)@cpu): native",
     ]

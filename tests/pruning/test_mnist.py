@@ -28,6 +28,20 @@ def test_missing_data_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
+def test_zeros_are_exact_and_stay(shared_data: Path, tmp_path: Path) -> None:
+    """One epoch on the real data: the bookkeeping, whatever the accuracy."""
+    out = tmp_path / "results.json"
+    few = ["--seeds", "0", "--epochs", "1", "--sparsity", "0.95", "--out", str(out)]
+    assert example().main(["--data", str(shared_data / "mnist"), *few]) == 0
+    rows = [r for r in json.loads(out.read_text()) if r["method"] in ("linear", "cubic")]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["zeros"] == row["zeros_expected"]
+        assert row["masks_and_weights_agree"]
+        assert row["zeros_broken_after_t1"] == 0
+
+
+@pytest.mark.experiment
 @pytest.mark.timeout(3600)
 def test_progressive_pruning_keeps_the_accuracy(shared_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.json"

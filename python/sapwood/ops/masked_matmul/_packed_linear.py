@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,21 @@ _check_finite = os.environ.get("SAPWOOD_CHECK_FINITE", "0") == "1"
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-_BITMAP_BACKENDS = (
-    _backend.native("packed_linear_bitmap", specs.packed_linear_bitmap),
-    _backend.Backend("triton", _triton.why_not, _triton.packed_linear_bitmap),
-    _backend.Backend("reference", lambda *_: None, reference.packed_linear_bitmap),
-)
+_BACKENDS = {
+    "csr": (
+        _backend.native("packed_linear_csr", specs.packed_linear_csr),
+        _backend.Backend("reference", lambda *_: None, reference.packed_linear_csr),
+    ),
+    "bitmap": (
+        _backend.native("packed_linear_bitmap", specs.packed_linear_bitmap),
+        _backend.Backend("triton", _triton.why_not, _triton.packed_linear_bitmap),
+        _backend.Backend("reference", lambda *_: None, reference.packed_linear_bitmap),
+    ),
+    "sell": (
+        _backend.native("packed_linear_sell", specs.packed_linear_sell),
+        _backend.Backend("reference", lambda *_: None, reference.packed_linear_sell),
+    ),
+}
 _SAMPLED_BACKENDS = (
     _backend.native("sampled_matmul", specs.sampled_matmul),
     _backend.Backend("triton", _triton.why_not, _triton.sampled_matmul),
@@ -86,16 +97,16 @@ def explain(packed: PackedWeight, batch: int) -> Decision:
 def _run(fmt: str, x: Tensor, packed: PackedWeight, bias: Tensor | None, act: str) -> Tensor:
     n, k = packed.shape
     if fmt == "dense":
+        _backend.log(_NAME, fmt, x)
         weight = packed.layouts["dense"]["weight"]
         y = F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), bias)
         return y if act == "none" else reference.ACTIVATIONS[act](y)
     layout = tuple(packed.layouts[fmt].values())
-    if fmt == "csr":
-        return specs.packed_linear_csr(x, *layout, bias, k, act, None, None, None, None)  # type: ignore[no-any-return]
-    if fmt == "bitmap":
-        chosen = _backend.choose("packed_linear_bitmap", _BITMAP_BACKENDS, x)
-        return chosen.run(x, *layout, bias, k, act)  # type: ignore[no-any-return]
-    return specs.packed_linear_sell(x, *layout, bias, n, k, act)  # type: ignore[no-any-return]
+    sizes: tuple[Any, ...] = {"csr": (k,), "bitmap": (k,), "sell": (n, k)}[fmt]
+    chosen = _backend.choose(f"packed_linear_{fmt}", _BACKENDS[fmt], x)
+    last = (act, None, None, None, None) if fmt == "csr" else (act,)
+    y: Tensor = chosen.run(x, *layout, bias, *sizes, *last)
+    return y
 
 
 def _differentiable(x: Tensor, packed: PackedWeight, bias: Tensor | None, act: str) -> Tensor:
@@ -187,7 +198,6 @@ def packed_linear(
     else:
         fmt = packed.plan()[_dispatch.batch_bucket(flat.shape[0])]
         y = _run(fmt, flat, packed, b, activation)
-        _backend.log(_NAME, fmt, flat)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], packed.shape[0])
 
 
