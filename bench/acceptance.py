@@ -98,11 +98,22 @@ def forward() -> Iterator[Point]:
 def dispatch(quick: bool = False) -> Iterator[Point]:
     """Specification 10: automatic choice is never slower than dense by more than 3 % or 5 us."""
     results = list(sweep.run(quick=quick))
-    missed = [r for r in results if not r.passed]
-    worst = max(results, key=lambda r: r.excess)
-    note = f"{len(results)} points; worst {worst.name}: {worst.sapwood_us:.1f} us, "
-    note += f"dense {worst.dense_us:.1f} us, runs {worst.format}"
-    yield Point("10 dispatch points slower than dense", 0, len(missed), False, "", note)
+    for label, group in (
+        ("sparse", [r for r in results if r.format != "dense"]),
+        ("dense", [r for r in results if r.format == "dense"]),
+    ):
+        missed = [r for r in group if not r.passed]
+        noise = sum(r.control > 1.0 for r in group)
+        yield Point(
+            f"10 choices of {label} slower than dense",
+            0,
+            len(missed),
+            False,
+            "",
+            f"{len(group)} points; dense against itself: {noise} of them",
+            applies=label == "sparse",  # the other half times one and the same kernel twice
+        )
+    missed = [r for r in results if not r.passed and r.format != "dense"]
     for r in sorted(missed, key=lambda r: -r.excess)[:10]:
         note = f"{r.sapwood_us:.1f} us, dense {r.dense_us:.1f} us, runs {r.format}"
         yield Point(f"10   {r.name}", 1.0, r.excess, False, "x", note)

@@ -89,7 +89,10 @@ def test_formats_without_kernel_are_not_predicted() -> None:
 
 def test_sparse_wins_only_with_a_margin() -> None:
     n = k = 1024
-    at = {"just": 0.97 * 0.5 - 0.005, "not": 0.97 * 0.5 + 0.005}  # csr costs 2 * density of dense
+    at = {
+        "just": _cost_model.MARGIN * 0.5 - 0.005,
+        "not": _cost_model.MARGIN * 0.5 + 0.005,
+    }  # csr costs 2 * density of dense
     chosen = {
         name: _dispatch.choose(table(), n, k, int(density * n * k), 512, ("dense", "csr"))[0]
         for name, density in at.items()
