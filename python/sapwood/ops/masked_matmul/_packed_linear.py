@@ -105,8 +105,8 @@ def _run(fmt: str, x: Tensor, packed: PackedWeight, bias: Tensor | None, act: st
     sizes: tuple[Any, ...] = {"csr": (k,), "bitmap": (k,), "sell": (n, k)}[fmt]
     chosen = _backend.choose(f"packed_linear_{fmt}", _BACKENDS[fmt], x)
     last = (act, None, None, None, None) if fmt == "csr" else (act,)
-    y: Tensor = chosen.run(x, *layout, bias, *sizes, *last)
-    return y
+    product: Tensor = chosen.run(x, *layout, bias, *sizes, *last)
+    return product
 
 
 def _differentiable(x: Tensor, packed: PackedWeight, bias: Tensor | None, act: str) -> Tensor:
