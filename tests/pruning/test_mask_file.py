@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sapwood.pruning import Linear, MaskSet, Pruner, _files, _maskfile
+from sapwood.pruning import Linear, MaskSet, Pruner, _container, _maskfile
 
 
 def sample() -> MaskSet:
@@ -110,8 +111,8 @@ def test_a_damaged_file_names_itself(tmp_path: Path, position: int) -> None:
 
 def reencoded(**changes: str) -> bytes:
     """A file with a valid checksum and other metadata."""
-    packed, metadata = _files.decode(_maskfile.encode(sample(), {}, {}))
-    return _files.encode(packed, {**metadata, **changes})
+    packed, metadata = _container.decode(_maskfile.encode(sample(), {}, {}))
+    return _container.encode(packed, {**metadata, **changes})
 
 
 @pytest.mark.parametrize(
@@ -140,10 +141,10 @@ def test_wrong_content_under_a_right_checksum(changes: dict[str, str], text: str
     ],
 )
 def test_wrong_shapes(shape: list[int], text: str) -> None:
-    packed, metadata = _files.decode(
+    packed, metadata = _container.decode(
         _maskfile.encode(MaskSet({"b.weight": torch.ones(7, 3).bool()}), {}, {})
     )
-    content = _files.encode(packed, {**metadata, "shapes": json.dumps({"b.weight": shape})})
+    content = _container.encode(packed, {**metadata, "shapes": json.dumps({"b.weight": shape})})
     with pytest.raises(ValueError, match=text):
         _maskfile.decode(content)
 
@@ -167,7 +168,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_files.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         MaskSet({"w": torch.ones(9).bool()}).save(path)
     assert path.read_bytes() == before

@@ -10,9 +10,9 @@ from typing import Any
 from safetensors.torch import save as serialized
 
 from sapwood import data
+from sapwood._files import atomic_write_bytes, atomic_write_text, staged
 from sapwood.cli import console, environment, packing, training
 from sapwood.cli.console import Bars
-from sapwood.report import atomic_write_bytes, atomic_write_text, staged
 
 SCHEMA = "sapwood.prune/1"
 

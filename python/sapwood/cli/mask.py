@@ -191,7 +191,7 @@ def _load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save
 
-    from sapwood.report import atomic_write_bytes
+    from sapwood._files import atomic_write_bytes
 
     with _reported():
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -58,8 +58,9 @@ def tour(
 
 def _write(out: Path, results: dict[str, ChapterResult], *, quick: bool, seed: int) -> Path:
     """Writes the page and the figures behind it; both or neither."""
+    from sapwood._files import atomic_write_text, staged
     from sapwood.cli import environment
-    from sapwood.report import atomic_write_text, render, staged
+    from sapwood.report import render
 
     facts = environment.describe()
     page = _page(list(results.values()), facts, quick=quick, seed=seed)

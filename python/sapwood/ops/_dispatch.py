@@ -10,7 +10,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import warnings
 from dataclasses import replace
 from functools import lru_cache
@@ -20,6 +19,7 @@ import torch
 
 import sapwood
 from sapwood import _check, _load
+from sapwood._files import atomic_write_text
 from sapwood._measure import cpu_name
 from sapwood.ops._cost_model import (
     BUCKETS,
@@ -312,17 +312,10 @@ def _write_cache(tables: dict[Key, DispatchTable]) -> None:
         "build": _build(),
         "tables": [table.to_dict() for table in tables.values()],
     }
-    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-        temporary.replace(path)
+        atomic_write_text(path, json.dumps(content))
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         _warn_once(f"sapwood: the dispatch table is kept in memory only: {error}")
 
 

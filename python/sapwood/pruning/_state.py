@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sapwood
-from sapwood.pruning import _files
+from sapwood.pruning import _container
 from sapwood.pruning._names import shape_of
 from sapwood.pruning.allocation import LayerPlan
 from sapwood.pruning.criteria import Criterion, describe_criterion, resolve_criterion
@@ -61,7 +61,7 @@ class Settings:
     @classmethod
     def from_json(cls, text: str) -> Settings:
         """The inverse; ValueError for anything else."""
-        values = _files.loads_object(text, "settings")
+        values = _container.loads_object(text, "settings")
         kinds = {
             "scope": (str, dict),
             "monotone": bool,
@@ -124,7 +124,7 @@ def restore(state: Mapping[str, Any]) -> Loaded:
     step = state.get("step_count")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step_count must be an integer of at least 0, got {step!r}")
-    listed = _files.loads_object(state["masks"], "masks")
+    listed = _container.loads_object(state["masks"], "masks")
     names, aliases = listed.get("names"), listed.get("aliases")
     tensors = {key for key in state if key.startswith(_MASK)}
     if not isinstance(names, list) or {f"{_MASK}{name}" for name in names} != tensors:
@@ -136,7 +136,7 @@ def restore(state: Mapping[str, Any]) -> Loaded:
     return Loaded(
         masks=MaskSet({name: state[_MASK + name].clone() for name in names}, aliases=aliases),
         step_count=step,
-        schedule=_files.loads_object(state["schedule"], "schedule"),
+        schedule=_container.loads_object(state["schedule"], "schedule"),
         criterion=_criterion(state["criterion"]),
         settings=Settings.from_json(state["settings"]),
     )
@@ -145,7 +145,7 @@ def restore(state: Mapping[str, Any]) -> Loaded:
 def _criterion(text: str) -> Criterion | None:
     if text == "null":
         return None
-    described = _files.loads_object(text, "criterion")
+    described = _container.loads_object(text, "criterion")
     name, parameters = described.get("name"), described.get("parameters")
     if not isinstance(name, str) or not isinstance(parameters, dict):
         raise ValueError(f"criterion must have a name and parameters, got {described!r}")
@@ -173,7 +173,9 @@ def encode(state: State) -> bytes:
     metadata = {key: str(state[key]) for key in (*_STRINGS, "step_count")}
     metadata["shapes"] = json.dumps({name: shape_of(mask) for name, mask in masks.items()})
     metadata["created_by"] = f"sapwood {sapwood.__version__}"
-    return _files.encode({name: _files.pack(mask) for name, mask in masks.items()}, metadata)
+    return _container.encode(
+        {name: _container.pack(mask) for name, mask in masks.items()}, metadata
+    )
 
 
 def decode(content: bytes) -> dict[str, Any]:
@@ -182,8 +184,8 @@ def decode(content: bytes) -> dict[str, Any]:
     Raises:
         ValueError: for anything that ``encode`` did not write.
     """
-    packed, metadata = _files.decode(content)
-    masks = _files.unpack_all(packed, metadata.get("shapes"))
+    packed, metadata = _container.decode(content)
+    masks = _container.unpack_all(packed, metadata.get("shapes"))
     step = metadata.get("step_count", "")
     if not step.isascii() or not step.isdigit():
         raise ValueError(f"step_count must be a number, got {step!r}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sapwood.pruning import _files
+from sapwood._files import atomic_write_bytes
 from sapwood.pruning._names import MaskMatchError, closest
 
 __all__ = ["LayerPlan", "erk_densities"]
@@ -161,7 +161,7 @@ class LayerPlan(dict[str, float]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, atomically."""
         content = {"format": _PLAN_FORMAT, "sparsity": dict(self)}
-        _files.write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+        atomic_write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerPlan:

@@ -10,14 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sapwood.pruning import _files, _maskfile
-from sapwood.pruning._names import (
-    NamedParameters,
-    Rule,
-    prunable,
-    require_matching,
-    shape_of,
-)
+from sapwood._files import atomic_write_bytes
+from sapwood.pruning import _maskfile
+from sapwood.pruning._names import NamedParameters, Rule, prunable, require_matching, shape_of
 
 __all__ = ["PRUNABLE", "MaskSet"]
 
@@ -205,7 +200,7 @@ class MaskSet(Mapping[str, Tensor]):
             TypeError: if metadata holds anything but strings.
         """
         user = _user_metadata({**self.metadata, **(metadata or {})})
-        _files.write_atomic(path, _maskfile.encode(self, self.aliases, user))
+        atomic_write_bytes(path, _maskfile.encode(self, self.aliases, user))
 
     def apply_(self, model: nn.Module, *, strict: bool = True) -> None:
         """Sets the masked weights of the model to +0.0, in place and outside autograd.

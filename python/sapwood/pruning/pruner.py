@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sapwood.pruning import _files, _optim, _state
+from sapwood._files import atomic_write_bytes
+from sapwood.pruning import _optim, _state
 from sapwood.pruning._bits import clear_, keep_bits
 from sapwood.pruning._names import NamedParameters, Rule
 from sapwood.pruning.allocation import LayerPlan
@@ -268,7 +269,7 @@ class Pruner:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state to one safetensors file, atomically."""
-        _files.write_atomic(path, _state.encode(self.state_dict()))
+        atomic_write_bytes(path, _state.encode(self.state_dict()))
 
     @classmethod
     def load(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sapwood.report import atomic_write_bytes, atomic_write_text, staged
+from sapwood._files import atomic_write_bytes, atomic_write_text, staged
 
 
 def test_content_is_written_and_replaced(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A strict, deterministic safetensors container, and JSON and binary files written atomically.
+"""A strict, deterministic safetensors container.
 
 The layout is that of the safetensors library, which reads these files. Ours differs in two ways:
 the same content always gives the same bytes, and a checksum over the whole file in the metadata
@@ -10,10 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import secrets
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,21 +23,6 @@ _LENGTH_BYTES = 8
 
 #: A flat uint8 array.
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-
-
-def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes beside the target and renames, so a reader never meets half a file."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def pack(mask: Tensor) -> Bytes:
