@@ -95,6 +95,31 @@ def forward() -> Iterator[Point]:
         )
 
 
+def alone() -> Iterator[Point]:
+    """Batch 1 with the weight left in the cache: calls of one provider in a row, not in turn."""
+    for sparsity, provider, target in (
+        (0.5, "sapwood", 1.4),
+        (0.5, "bitmap", 1.4),
+        (0.8, "sapwood", 1.0),
+        (0.9, "sapwood", 4.0),
+        (0.95, "sapwood", 1.0),
+    ):
+        case = MaskedMatmulCase("packed_linear", SIDE, SIDE, 1, sparsity)
+        calls = {name: case.build(name) for name in ("dense", provider)}
+        best = dict.fromkeys(calls, float("inf"))
+        with torch.no_grad():
+            for _ in range(5):
+                for name, call in calls.items():
+                    samples = interleave({name: call}, rounds=REPEATS, seconds=0.1)[name]
+                    best[name] = min(best[name], *samples)
+        yield Point(
+            f"  alone in the cache s={sparsity:g} B=1 ({provider})",
+            target,
+            best["dense"] / best[provider],
+            note=f"dense {best['dense'] * 1e6:.0f} us",
+        )
+
+
 def dispatch(quick: bool = False) -> Iterator[Point]:
     """Specification 10: automatic choice is never slower than dense by more than 3 % or 5 us."""
     results = list(sweep.run(quick=quick))
@@ -206,6 +231,7 @@ def scaling() -> Iterator[Point]:
 
 GROUPS: dict[str, Callable[[], Iterator[Point]]] = {
     "forward": forward,
+    "alone": alone,
     "backward": backward,
     "packing": packing,
     "training": training,
