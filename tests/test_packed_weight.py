@@ -80,6 +80,17 @@ def test_any_shape(n: int, k: int, batch: int, sparsity: float, fmt: str, seed: 
             assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_expanded_input(fmt: str) -> None:
+    """Rows and columns of stride 0: nothing may be read at the wrong place, or written to."""
+    w, m = weight_and_mask(37, 100, 0.7)
+    packed = pack_sparse(w, m, format=fmt)
+    for x in (torch.randn(1, 100).expand(20, 100), torch.randn(20, 1).expand(20, 100)):
+        assert_product(x, packed, w.where(m, 0.0), None)
+        masked = sapwood.ops.masked_matmul(x, w, m)
+        torch.testing.assert_close(masked, F.linear(x, w.where(m, 0.0)), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("values", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_half_values_with_float_input(fmt: str, values: torch.dtype) -> None:
