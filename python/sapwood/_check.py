@@ -65,8 +65,10 @@ def dims(op: str, argument: str, value: Tensor, count: int) -> None:
         fail(ValueError, op, argument, f"have {count} dimensions", f"shape {tuple(value.shape)}")
 
 
-def shape(op: str, argument: str, value: Tensor, expected: Sequence[int], owner: str = "") -> None:
-    if tuple(value.shape) != tuple(expected):
+def shape(
+    op: str, argument: str, value: Tensor, expected: tuple[int, ...], owner: str = ""
+) -> None:
+    if value.shape != expected:
         whose = f"{owner}'s shape" if owner else "shape"
         fail(ValueError, op, argument, f"have {whose} {tuple(expected)}", tuple(value.shape))
 

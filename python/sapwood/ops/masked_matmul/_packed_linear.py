@@ -186,7 +186,7 @@ def packed_linear(
     _check.tensor(_NAME, "input", input)
     x, b = input, bias
     if torch.is_autocast_enabled(input.device.type):
-        x, b = autocast(input, bias)  # type: ignore[assignment]
+        x, b = autocast(input, bias)
         packed = packed if packed.dtype == x.dtype else packed.to(x.dtype)
     _checked(x, packed, b, activation)
     flat = as_flat(x, packed.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +29,15 @@ def as_flat(x: Tensor, features: int) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), features)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Casts floating arguments as autocast would for F.linear."""
-    device = next(t.device.type for t in tensors if t is not None)
+    device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return x, *others
     dtype = torch.get_autocast_dtype(device)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
+        for t in (x, *others)
     )
 
 
@@ -54,7 +55,9 @@ def _checked(
         _check.shape(_NAME, "bias", bias, weight.shape[:1])
         _check.same_dtype(_NAME, "bias", bias, "weight", weight)
     _check.one_of(_NAME, "weight_grad", weight_grad, _GRADS)
-    _check.same_device(_NAME, input=input, weight=weight, mask=mask, bias=bias)
+    on_one = input.device == weight.device == mask.device
+    if not on_one or (bias is not None and bias.device != input.device):
+        _check.same_device(_NAME, input=input, weight=weight, mask=mask, bias=bias)
 
 
 def _explain(
@@ -112,12 +115,12 @@ def masked_matmul(
         TypeError: for non-tensors and dtypes other than the above.
         RuntimeError: for tensors on different devices.
     """
-    for name, value in (("input", input), ("weight", weight), ("mask", mask), ("bias", bias)):
-        if name != "bias" or value is not None:
-            _check.tensor(_NAME, name, value)
+    _check.tensor(_NAME, "input", input)
+    _check.tensor(_NAME, "weight", weight)
+    _check.tensor(_NAME, "mask", mask)
+    if bias is not None:
+        _check.tensor(_NAME, "bias", bias)
     x, w, b = autocast(input, weight, bias)
-    assert x is not None
-    assert w is not None
     _checked(x, w, mask, b, weight_grad)
     if mask.is_floating_point():
         return F.linear(x, w * mask.to(w.dtype), b)
