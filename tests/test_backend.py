@@ -68,6 +68,22 @@ def test_forcing_the_reference_of_packed_weights(fmt: str) -> None:
         sapwood.ops.packed_linear(x, packed)
 
 
+def test_forced_backends_hold_for_gradients() -> None:
+    packed = pack_sparse(torch.randn(9, 40), format="csr")
+    x = torch.randn(3, 40, requires_grad=True)
+    (native,) = torch.autograd.grad(sapwood.ops.packed_linear(x, packed).sum(), x)
+    with sapwood.backend("reference"):
+        (plain,) = torch.autograd.grad(sapwood.ops.packed_linear(x, packed).sum(), x)
+        torch.testing.assert_close(plain, native)
+    with sapwood.backend("triton"), pytest.raises(RuntimeError, match="packed_linear_csr"):
+        sapwood.ops.packed_linear(x, packed)
+
+
+def test_the_reference_refuses_a_dense_weight_gradient() -> None:
+    with sapwood.backend("reference"), pytest.raises(RuntimeError, match="always masked"):
+        sapwood.ops.masked_matmul(*arguments(), weight_grad="dense")
+
+
 def test_forcing_what_cannot_run_gives_the_reason() -> None:
     with sapwood.backend("triton"), pytest.raises(RuntimeError) as caught:
         sapwood.ops.masked_matmul(*arguments())

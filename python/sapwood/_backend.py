@@ -18,7 +18,7 @@ from sapwood import _check
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
-NAMES = ("auto", "native", "triton", "dense", "reference")
+NAMES = ("auto", "native", "triton", "reference")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def backend(name: str) -> Iterator[None]:
             y = sapwood.ops.masked_matmul(x, weight, mask)
 
     Args:
-        name: "auto", "native", "triton", "dense" or "reference".
+        name: "auto", "native", "triton" or "reference".
 
     Raises:
         ValueError: for another name.

@@ -114,7 +114,8 @@ def _differentiable(x: Tensor, packed: PackedWeight, bias: Tensor | None, act: s
     transposed = packed._derived.get("transposed")
     if transposed is None and not torch.compiler.is_compiling():
         transposed = packed.transposed
-    y = specs.packed_linear_csr(
+    chosen = _backend.choose("packed_linear_csr", _BACKENDS["csr"], x)
+    y: Tensor = chosen.run(
         *(x, csr["values"], csr["cols"], csr["row_ptr"], csr["row_order"], bias),
         *(packed.shape[1], "none"),
         *((transposed[name] for name in TRANSPOSED) if transposed else [None] * 4),

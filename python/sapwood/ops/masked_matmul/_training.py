@@ -17,10 +17,16 @@ _NAME = "masked_matmul"
 _GRADS = ("masked", "dense")
 
 
+def _reference_why_not(
+    x: Tensor, weight: Tensor, mask: Tensor, weight_grad: str = "masked"
+) -> str | None:
+    return None if weight_grad == "masked" else "its weight gradient is always masked"
+
+
 _BACKENDS = (
     _backend.native(_NAME, _specs.masked_matmul),
     _backend.Backend("triton", _triton.why_not, _triton.masked_matmul),
-    _backend.Backend("reference", lambda *_: None, reference.masked_matmul),
+    _backend.Backend("reference", _reference_why_not, reference.masked_matmul),
 )
 
 
@@ -74,7 +80,8 @@ def _explain(
             _backend.Candidate("native", "a floating (soft) mask is a product of two tensors"),
         )
         return _backend.Explanation(_NAME, lines)
-    return _backend.Explanation(_NAME, _backend.candidates(_BACKENDS, input, weight, mask))
+    candidates = _backend.candidates(_BACKENDS, input, weight, mask, weight_grad)
+    return _backend.Explanation(_NAME, candidates)
 
 
 @_backend.explainable(_explain)
@@ -127,6 +134,6 @@ def masked_matmul(
     if mask.dtype == torch.uint8:
         mask = mask != 0
     flat = as_flat(x, w.shape[1])
-    chosen = _backend.choose(_NAME, _BACKENDS, flat, w, mask)
+    chosen = _backend.choose(_NAME, _BACKENDS, flat, w, mask, weight_grad)
     y: Tensor = chosen.run(flat, w, mask, b, weight_grad == "dense")
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w.shape[0])
