@@ -22,6 +22,7 @@ from sapwood.pruning import (
     OneShot,
     Pruner,
     Random,
+    prune,
 )
 
 from .toy import LAST, OPTIMIZERS, T1, assert_masked, batch, loss_of, network, train_step
@@ -169,6 +170,94 @@ def test_scopes_end_exactly(scope: str | LayerPlan) -> None:
         train_step(model, optimizer, step)
     assert pruner.masks.sparsity() == 132 / 176
     assert_masked(pruner, model, optimizer)
+
+
+class NeverAsked(Magnitude):
+    def scores(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        raise AssertionError("nothing was to be selected")
+
+
+def ticket() -> MaskSet:
+    """158 of 176 weights off: what 90 % rounds to."""
+    return prune(network(seed=5), 0.9, "random", inplace=False)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "rmsprop"])
+def test_fixed_masks_stay_as_they_are(kind: str) -> None:
+    masks, model = ticket(), network()
+    optimizer = OPTIMIZERS[kind](list(model.parameters()))
+    for step in range(3):
+        train_step(model, optimizer, step)  # leaves state everywhere
+    pruner = Pruner(model, Constant(0.9), NeverAsked(), masks=masks).attach(optimizer)
+    assert_masked(pruner, model, optimizer)
+    for step in range(LAST):
+        train_step(model, optimizer, step)
+        assert_masked(pruner, model, optimizer)
+    assert pruner.masks == masks
+    assert pruner.masks.sparsity() == 158 / 176
+    assert pruner.finished
+
+
+def test_a_schedule_goes_on_from_given_masks() -> None:
+    masks, model = prune(network(seed=5), 0.5, "random", inplace=False), network()
+    optimizer = OPTIMIZERS["sgd"](list(model.parameters()))
+    pruner = Pruner(model, Linear(0.8, t1=T1, every=1), masks=masks).attach(optimizer)
+    assert_masked(pruner, model)
+    for step in range(1, T1 + 1):
+        train_step(model, optimizer, step)
+        off = max(88, round(pruner.schedule.sparsity(step) * 176))
+        assert sum(n - kept for kept, n in pruner.masks.counts().values()) == off
+        assert (pruner.masks & ~masks).sparsity() == 1.0
+
+
+def test_given_masks_are_applied_by_hand_too() -> None:
+    model = network()
+    pruner = Pruner(model, Constant(0.9), masks=ticket())
+    assert pruner.masks.check(model) != []
+    assert pruner.step() is False
+    assert_masked(pruner, model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"masks": {}}, TypeError, "masks must be a MaskSet, got dict"),
+        ({"masks": MaskSet({})}, ValueError, "masks must hold at least one mask, got none"),
+        (
+            {"masks": MaskSet({"9.weight": torch.ones(2).bool()})},
+            MaskMatchError,
+            r"every mask must belong to a parameter of the model, .* '9\.weight'",
+        ),
+        (
+            {"masks": MaskSet({"3.weight": torch.ones(2).bool()})},
+            ValueError,
+            r"3\.weight must have the parameter's shape \(3, 16\), got a mask of \(2,\)",
+        ),
+        (
+            {"masks": MaskSet({"1.num": torch.ones(2).bool()})},
+            TypeError,
+            r"1\.num must be floating point, got torch\.int64",
+        ),
+        (
+            {"masks": ticket(), "include": ["0.*"]},
+            ValueError,
+            r"include must be None when masks are given, got \['0\.\*'\]",
+        ),
+        (
+            {"masks": ticket(), "exclude": []},
+            ValueError,
+            r"exclude must be None when masks are given, got \[\]",
+        ),
+    ],
+    ids=["type", "empty", "name", "shape", "integer", "include", "exclude"],
+)
+def test_masks_that_do_not_fit(
+    arguments: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    model = network()
+    model[1].num = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
+    with pytest.raises(error, match=rf"sapwood\.pruning\.Pruner: {text}"):
+        Pruner(model, OneShot(0.5), **arguments)
 
 
 def test_random_criterion_takes_the_seed() -> None:

@@ -153,7 +153,7 @@ def test_damaged_states(change: dict[str, Any], text: str) -> None:
 def test_a_pruner_of_another_model(tmp_path: Path) -> None:
     pruner = Pruner(network(), SCHEDULES["linear"])
     pruner.save(tmp_path / "p")
-    with pytest.raises(MaskMatchError, match=r"got no match for '0\.weight', '3\.weight'"):
+    with pytest.raises(MaskMatchError, match=r"got no parameter for '0\.weight', '3\.weight'"):
         Pruner.load(tmp_path / "p", nn.Linear(3, 3))
     wide = nn.Sequential(nn.Linear(8, 17), nn.BatchNorm1d(17), nn.ReLU(), nn.Linear(17, 3))
     text = r"0\.weight must have the parameter's shape \(17, 8\), got a mask of \(16, 8\)"

@@ -165,7 +165,7 @@ def prunable(
             f"closest names: {closest(['weight'], list(named.parameters))}"
         )
     selected = {name: p for name, p in named.parameters.items() if name in chosen}
-    _require_prunable(selected, where)
+    require_prunable(selected, where)
     return selected, {a: name for a, name in named.aliases.items() if name in chosen}
 
 
@@ -195,7 +195,8 @@ def _matches(rule: Rule, default: Mapping[str, nn.Parameter], named: NamedParame
     return hits | (tied & set(default))
 
 
-def _require_prunable(parameters: Mapping[str, nn.Parameter], where: str) -> None:
+def require_prunable(parameters: Mapping[str, nn.Parameter], where: str) -> None:
+    """Raises unless every parameter is initialised and floating point."""
     for name, parameter in parameters.items():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from sapwood._files import atomic_write_bytes
 from sapwood.pruning import _optim, _state
 from sapwood.pruning._bits import clear_, keep_bits
-from sapwood.pruning._names import NamedParameters, Rule
+from sapwood.pruning._names import NamedParameters, Rule, require_prunable
 from sapwood.pruning.allocation import LayerPlan
 from sapwood.pruning.criteria import Criterion, master_copies, resolve_criterion
 from sapwood.pruning.masks import MaskSet
@@ -56,6 +56,9 @@ class Pruner:
         schedule: target sparsity by step; copied.
         criterion: name or object; high scores are kept.
         scope: ``"global"``, ``"layer"``, ``"erk"`` or a ``LayerPlan``; see ``select``.
+        masks: where to start instead of with everything kept: pruning at initialisation, a ticket,
+            fine-tuning of a sparse model. They are applied on ``attach``; with ``Constant`` at
+            their own sparsity they never change. ``include`` and ``exclude`` must then be None.
         include: which parameters; see ``MaskSet.dense``.
         exclude: which not.
         monotone: masked weights never return. Default: what the schedule says. Otherwise all
@@ -70,8 +73,8 @@ class Pruner:
         seed: seed of a random criterion given by name.
 
     Raises:
-        MaskMatchError: if a rule or a key of a ``LayerPlan`` matches nothing.
-        ValueError: if an argument is outside its range.
+        MaskMatchError: if a rule, a mask or a key of a ``LayerPlan`` matches nothing.
+        ValueError: if an argument is outside its range, or a mask has another shape.
         TypeError: if an argument has another type.
     """
 
@@ -82,6 +85,7 @@ class Pruner:
         criterion: str | Criterion = "magnitude",
         *,
         scope: str | LayerPlan = "global",
+        masks: MaskSet | None = None,
         include: Sequence[Rule] | None = None,
         exclude: Sequence[Rule] | None = None,
         monotone: bool | None = None,
@@ -106,7 +110,7 @@ class Pruner:
             seed=seed,
         )
         self._model = model
-        self._masks = MaskSet.dense(model, include, exclude)
+        self._masks = _starting_masks(model, masks, include, exclude)
         if isinstance(scope, LayerPlan):
             scope.resolve(list(self._masks))
         self.step_count = 0
@@ -130,7 +134,7 @@ class Pruner:
     def attach(self, optimizer: Optimizer) -> Pruner:
         """Follows the steps of an optimizer; may be called for several.
 
-        An update that the schedule puts at step 0 happens here.
+        An update that the schedule puts at step 0 happens here, and the masks are applied.
 
         Args:
             optimizer: any torch optimizer; it may hold other parameters too.
@@ -166,6 +170,9 @@ class Pruner:
         except Exception:
             self._optimizers.pop()
             raise
+        self._zero_weights()
+        if self._masks_gradients_now():  # otherwise the state may hold what unmasked ones left
+            self._clear_state(optimizer)
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
         return self
@@ -214,7 +221,9 @@ class Pruner:
         changed = False
         if self.step_count == 0 and self.schedule.is_update(0):
             changed = self._update(batch)
-        return self._advance(batch) or changed
+        changed = self._advance(batch) or changed
+        self._zero_weights()
+        return changed
 
     def mask_gradients(self) -> None:
         """Zeroes the gradients of masked weights; call it before ``clip_grad_norm_``.
@@ -307,14 +316,12 @@ class Pruner:
         if criterion is None:
             raise ValueError(f"{where}: criterion must be given for this file, got None")
         arguments = loaded.settings.arguments()
-        pruner = cls(model, schedule, criterion, include=list(loaded.masks), **arguments)
-        pruner._adopt(loaded, where)
+        pruner = cls(model, schedule, criterion, masks=loaded.masks, **arguments)
+        pruner.step_count = loaded.step_count
         return pruner
 
     def _adopt(self, loaded: _state.Loaded, where: str) -> None:
-        found = loaded.masks.parameters_of(NamedParameters.of(self._model), True, where)
-        placed = {name: loaded.masks[name].to(p.device) for name, p in found.items()}
-        self._masks = MaskSet(placed, aliases=loaded.masks.aliases)
+        self._masks = _placed(self._model, loaded.masks, where)
         self._raw_names.clear()
         self._bits.clear()
         self.step_count = loaded.step_count
@@ -371,13 +378,16 @@ class Pruner:
 
     def _update(self, batch: Any) -> bool:
         """New masks from the present weights; nothing changes when scoring or selection fails."""
+        sparsity = self.schedule.sparsity(self.step_count)
+        if self.settings.monotone and not _asks_for_more(sparsity, self._masks):
+            return False
         pairs = _optim.masters(self._optimizers, self._parameters().values())
         with master_copies(pairs):
             scores = self.criterion.scores(self._model, self._masks, batch)
         chosen = select(
             scores,
             self._masks,
-            self.schedule.sparsity(self.step_count),
+            sparsity,
             scope=self.settings.scope,
             monotone=self.settings.monotone,
             min_keep_per_layer=self.settings.min_keep_per_layer,
@@ -385,9 +395,8 @@ class Pruner:
         changed = chosen != self._masks
         self._masks = chosen
         self._bits.clear()
-        off = {p: ~chosen[name] for name, p in self._parameters().items()}
         for optimizer in self._optimizers:
-            self._cleaner.clear(optimizer, off)
+            self._clear_state(optimizer)
         self._zero_weights()
         for averaged in self._averaged:
             self._masks.apply_(averaged)
@@ -396,3 +405,40 @@ class Pruner:
     def _zero_weights(self) -> None:
         for name, parameter in self._parameters().items():
             clear_(parameter, self._keep_bits(name, parameter))
+
+    def _clear_state(self, optimizer: Optimizer) -> None:
+        off = {p: ~self._masks[name] for name, p in self._parameters().items()}
+        self._cleaner.clear(optimizer, off)
+
+
+def _starting_masks(
+    model: nn.Module,
+    masks: MaskSet | None,
+    include: Sequence[Rule] | None,
+    exclude: Sequence[Rule] | None,
+) -> MaskSet:
+    if masks is None:
+        return MaskSet.dense(model, include, exclude)
+    if not isinstance(masks, MaskSet):
+        raise TypeError(f"{_WHERE}: masks must be a MaskSet, got {type(masks).__name__}")
+    for name, rules in (("include", include), ("exclude", exclude)):
+        if rules is not None:
+            raise ValueError(f"{_WHERE}: {name} must be None when masks are given, got {rules!r}")
+    if not masks:
+        raise ValueError(f"{_WHERE}: masks must hold at least one mask, got none")
+    return _placed(model, masks, _WHERE)
+
+
+def _asks_for_more(sparsity: float, masks: MaskSet) -> bool:
+    """Whether a sparsity switches off more than is off already."""
+    counts = masks.counts().values()
+    total = sum(n for _, n in counts)
+    return round(sparsity * total) > total - sum(kept for kept, _ in counts)
+
+
+def _placed(model: nn.Module, masks: MaskSet, where: str) -> MaskSet:
+    """The masks on the devices of their parameters."""
+    found = masks.parameters_of(NamedParameters.of(model), True, where)
+    require_prunable(found, where)
+    placed = {name: masks[name].to(p.device) for name, p in found.items()}
+    return MaskSet(placed, aliases=masks.aliases, metadata=masks.metadata)
