@@ -20,7 +20,7 @@ from sapwood.pruning import (
     PruningResult,
     TrainConfig,
 )
-from sapwood.pruning.training import make_optimizer, set_lr
+from sapwood.pruning.train_config import make_optimizer, set_lr
 
 Pair = tuple[Tensor, Tensor]
 

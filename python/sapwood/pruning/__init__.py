@@ -29,7 +29,8 @@ from sapwood.pruning.recipes import ProgressiveMagnitude, prune
 from sapwood.pruning.report import SparsityReport, TensorReport
 from sapwood.pruning.schedules import Constant, Cubic, Iterative, Linear, OneShot, Schedule
 from sapwood.pruning.select import select
-from sapwood.pruning.training import Progress, PruningResult, TrainConfig, accuracy
+from sapwood.pruning.train_config import TrainConfig
+from sapwood.pruning.training import Progress, PruningResult, accuracy
 
 __all__ = [
     "Constant",

@@ -14,7 +14,8 @@ from sapwood.pruning.masks import MaskSet
 from sapwood.pruning.pruner import Pruner
 from sapwood.pruning.schedules import Cubic, Linear, Position, Schedule
 from sapwood.pruning.select import select
-from sapwood.pruning.training import Data, Metric, Progress, PruningResult, TrainConfig, Trainer
+from sapwood.pruning.train_config import TrainConfig
+from sapwood.pruning.training import Data, Metric, Progress, PruningResult, Trainer
 from sapwood.pruning.training import accuracy as default_metric
 
 __all__ = ["ProgressiveMagnitude", "prune"]

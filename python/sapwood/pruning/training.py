@@ -7,100 +7,27 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from sapwood.pruning._session import Session, Start, random_state, set_random_state
 from sapwood.pruning.masks import MaskSet
 from sapwood.pruning.pruner import Pruner
 from sapwood.pruning.report import SparsityReport
+from sapwood.pruning.train_config import TrainConfig, make_optimizer, set_lr
 
-__all__ = ["Progress", "PruningResult", "TrainConfig", "accuracy"]
+__all__ = ["Progress", "PruningResult", "accuracy"]
 
 #: (X, y) tensors, or anything that yields batches (X, y) and has a length.
 Data = tuple[Tensor, Tensor] | DataLoader[Any]
 Metric = Callable[[Tensor, Tensor], Tensor]
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    Example:
-        >>> from sapwood.pruning import TrainConfig
-        >>> TrainConfig(epochs=8, lr=0.1).optimizer
-        'sgd'
-
-    Args:
-        epochs: passes over the data.
-        lr: peak learning rate.
-        optimizer: ``"sgd"`` (with momentum), ``"adam"`` or ``"adamw"``.
-        momentum: of SGD.
-        weight_decay: L2 (decoupled for AdamW).
-        scheduler: ``"cosine"`` to zero per step, ``"multistep"`` (a tenth after 50 % and 75 % of
-            the steps), or ``"none"``.
-        batch_size: for tensor pairs; a DataLoader brings its own.
-        amp: ``"off"``, ``"bf16"`` or ``"fp16"`` (with a gradient scaler).
-        ema: decay of an exponential moving average of the weights, which is then what ``val``
-            evaluates; None for none.
-        grad_clip: largest gradient norm, measured after masking; None for none.
-        seed: of data order and dropout.
-        device: ``"auto"`` takes CUDA when there is one.
-
-    Raises:
-        ValueError: if a value is outside its range.
-    """
-
-    epochs: int = 8
-    lr: float = 0.1
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    scheduler: Literal["cosine", "multistep", "none"] = "cosine"
-    batch_size: int = 128
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    ema: float | None = None
-    grad_clip: float | None = None
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        positive = {"epochs": self.epochs, "lr": self.lr, "batch_size": self.batch_size}
-        if self.grad_clip is not None:
-            positive["grad_clip"] = self.grad_clip
-        for name, value in positive.items():
-            if not math.isfinite(value) or value <= 0:
-                raise ValueError(
-                    f"sapwood.pruning.TrainConfig: {name} must be finite and positive, got {value}"
-                )
-        choices = {
-            "optimizer": ("sgd", "adam", "adamw"),
-            "scheduler": ("cosine", "multistep", "none"),
-            "amp": ("off", "bf16", "fp16"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"sapwood.pruning.TrainConfig: {name} must be one of {allowed}, "
-                    f"got {getattr(self, name)!r}"
-                )
-        if self.ema is not None and not 0.0 < self.ema < 1.0:
-            raise ValueError(
-                f"sapwood.pruning.TrainConfig: ema must be in (0, 1) or None, got {self.ema}"
-            )
-
-    def resolve_device(self) -> torch.device:
-        """The device to train on."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
 
 
 @dataclass(frozen=True)
@@ -111,6 +38,7 @@ class Progress:
     total: int
     loss: float
     sparsity: float
+    stage: str = "train"
 
 
 @dataclass(frozen=True)
@@ -119,6 +47,7 @@ class PruningResult:
 
     ``masks`` is None for dense training; ``averaged`` is the moving average when there is one.
     ``history`` has one row per epoch: step, epoch, loss, metric, target_sparsity, sparsity, lr.
+    ``steps`` are the optimizer steps of this stage.
     """
 
     model: nn.Module
@@ -129,12 +58,28 @@ class PruningResult:
     wall_s: float
     steps: int
     averaged: nn.Module | None = None
+    stage: str = "train"
+
+    @property
+    def metric(self) -> float:
+        """The metric after the last epoch."""
+        return self.history[-1]["metric"]
 
 
 class BuildPruner(Protocol):
     """Makes the pruner once the number of steps is known; None trains densely."""
 
     def __call__(self, model: nn.Module, total_steps: int, epoch_steps: int) -> Pruner | None: ...
+
+
+class Keeper(Protocol):
+    """Where a run keeps its checkpoint."""
+
+    every: int | None  # steps; None: an epoch
+
+    def save(self, session: Session) -> None: ...
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None: ...
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
@@ -166,92 +111,163 @@ class Trainer:
         loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         metric: Metric = accuracy,
         progress: Callable[[Progress], None] | None = None,
+        stage: str = "train",
+        keeper: Keeper | None = None,
+        after_step: Callable[[Session], None] | None = None,
     ) -> None:
         self.config = config
         self.loss_fn = loss_fn or F.cross_entropy
         self.metric = metric
         self.progress = progress
+        self.stage = stage
+        self.keeper = keeper
+        self.after_step = after_step
         self.device = config.resolve_device()
         self._counted: tuple[MaskSet, float] | None = None
 
-    def fit(self, model: nn.Module, train: Data, val: Data, build: BuildPruner) -> PruningResult:
-        """Trains the model in place."""
+    def fit(
+        self,
+        model: nn.Module,
+        train: Data,
+        val: Data,
+        build: BuildPruner,
+        start: Start | None = None,
+    ) -> PruningResult:
+        """Trains the model in place, from ``start`` or from the keeper's checkpoint to the end."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.config.seed)
-            return self._fit(model.to(self.device), train, val, build)
+            return self._fit(model.to(self.device), train, val, build, start or Start())
 
-    def _fit(self, model: nn.Module, train: Data, val: Data, build: BuildPruner) -> PruningResult:
+    def _fit(
+        self, model: nn.Module, train: Data, val: Data, build: BuildPruner, start: Start
+    ) -> PruningResult:
         started = time.perf_counter()
         per_epoch = batches_per_epoch(train, self.config.batch_size)
         total = per_epoch * self.config.epochs
-        optimizer = make_optimizer(model, self.config)
-        averaged = _average(model, self.config)
-        pruner = build(model, total, per_epoch)
-        if pruner is not None:
-            pruner.attach(optimizer)
-            if averaged is not None:
-                pruner.track(averaged)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16")
-        history: list[dict[str, float]] = []
-        step = 0
-        for epoch in range(self.config.epochs):
+        session = self._open(model, build(model, total - start.step, per_epoch), start)
+        earlier = session.wall_s
+        while session.step < total:
             model.train()
-            loss_sum = torch.zeros((), device=self.device)
-            for x, y in self._batches(train, shuffle=True):
-                set_lr(optimizer, self.config, step, total)
-                loss = self._step(model, optimizer, scaler, pruner, x, y)
-                if averaged is not None:
-                    averaged.update_parameters(model)
-                loss_sum += loss
-                step += 1
-                self._report(step, total, loss, pruner)
-            history.append(
-                {
-                    "step": step,
-                    "epoch": epoch + 1,
-                    "loss": float(loss_sum) / per_epoch,
-                    "metric": self.evaluate(averaged or model, val),
-                    "target_sparsity": _target(pruner),
-                    "sparsity": self._achieved(pruner),
-                    "lr": optimizer.param_groups[0]["lr"],
-                }
-            )
+            for x, y in self._rest_of_epoch(session, train, session.step % per_epoch):
+                set_lr(session.optimizer, self.config, session.step, total)
+                loss = self._step(session, x, y)
+                session.loss_sum += loss
+                session.step += 1
+                if session.step % per_epoch == 0:
+                    self._end_epoch(session, val, per_epoch)
+                session.wall_s = earlier + time.perf_counter() - started
+                self._after_step(session, total, per_epoch, loss)
+        return self._close(session, start)
+
+    def _open(self, model: nn.Module, pruner: Pruner | None, start: Start) -> Session:
+        """A session at ``start``, or at the keeper's checkpoint when there is one."""
+        session = Session(
+            model=model,
+            optimizer=make_optimizer(model, self.config),
+            scaler=torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16"),
+            pruner=pruner,
+            averaged=_average(model, self.config),
+            device=self.device,
+            step=start.step,
+            loss_sum=torch.zeros((), device=self.device),
+        )
+        kept = self.keeper.load() if self.keeper is not None else None
+        if kept is not None:
+            start = session.restore(*kept)
+        elif pruner is not None:
+            pruner.attach(session.optimizer)
+        if pruner is not None and session.averaged is not None:
+            pruner.track(session.averaged)
+        session.step = start.step
+        session.epoch_random = start.epoch_random
+        if start.random is not None:
+            set_random_state(start.random, self.device)
+        return session
+
+    def _close(self, session: Session, start: Start) -> PruningResult:
+        pruner = session.pruner
         report = pruner.report() if pruner else None
         if pruner is not None:
             pruner.detach()
         return PruningResult(
-            model=model,
+            model=session.model,
             masks=pruner.masks if pruner else None,
-            history=history,
+            history=session.history,
             report=report,
             config=self.config,
-            wall_s=time.perf_counter() - started,
-            steps=step,
-            averaged=averaged,
+            wall_s=session.wall_s,
+            steps=session.step - start.step,
+            averaged=session.averaged,
+            stage=self.stage,
         )
 
-    def _step(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        scaler: torch.amp.GradScaler,
-        pruner: Pruner | None,
-        x: Tensor,
-        y: Tensor,
-    ) -> Tensor:
+    def _rest_of_epoch(
+        self, session: Session, train: Data, done: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of the present epoch after the first ``done``.
+
+        They are drawn anew from the random state in which the epoch began, so that a run that goes
+        on in the middle of an epoch sees the data it would have seen.
+        """
+        if done == 0 or session.epoch_random is None:
+            session.epoch_random = random_state(self.device)
+            yield from self._batches(train, shuffle=True)
+            return
+        now = random_state(self.device)
+        set_random_state(session.epoch_random, self.device)
+        batches = self._batches(train, shuffle=True)
+        for _ in range(done):
+            next(batches)
+        set_random_state(now, self.device)
+        yield from batches
+
+    def _step(self, session: Session, x: Tensor, y: Tensor) -> Tensor:
+        model, optimizer, scaler = session.model, session.optimizer, session.scaler
         optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             loss = self.loss_fn(model(x), y)
         scaler.scale(loss).backward()
         if self.config.grad_clip is not None:
             scaler.unscale_(optimizer)
-            if pruner is not None:
-                pruner.mask_gradients()  # the norm is that of the gradients which will be used
+            if session.pruner is not None:
+                session.pruner.mask_gradients()  # the norm of the gradients that will be used
             nn.utils.clip_grad_norm_(model.parameters(), self.config.grad_clip)
         scaler.step(optimizer)
         scaler.update()
+        if session.averaged is not None:
+            session.averaged.update_parameters(model)
         return loss.detach()
+
+    def _end_epoch(self, session: Session, val: Data, per_epoch: int) -> None:
+        pruner = session.pruner
+        session.history.append(
+            {
+                "step": session.step,
+                "epoch": session.step // per_epoch,
+                "loss": float(session.loss_sum) / per_epoch,
+                "metric": self.evaluate(session.averaged or session.model, val),
+                "target_sparsity": pruner.schedule.sparsity(pruner.step_count) if pruner else 0.0,
+                "sparsity": self._achieved(pruner),
+                "lr": session.optimizer.param_groups[0]["lr"],
+            }
+        )
+        session.loss_sum.zero_()
+
+    def _after_step(self, session: Session, total: int, per_epoch: int, loss: Tensor) -> None:
+        """Everything is consistent here: the place to show, to keep and to be interrupted."""
+        if self.after_step is not None:
+            self.after_step(session)
+        try:
+            if self.progress is not None:
+                sparsity = self._achieved(session.pruner)
+                self.progress(Progress(session.step, total, float(loss), sparsity, self.stage))
+        except BaseException:
+            if self.keeper is not None:
+                self.keeper.save(session)
+            raise
+        if self.keeper is not None and session.step % (self.keeper.every or per_epoch) == 0:
+            self.keeper.save(session)
 
     def evaluate(self, model: nn.Module, data: Data) -> float:
         """Mean of the metric over the data, in evaluation mode."""
@@ -262,11 +278,6 @@ class Trainer:
                 total += self.metric(model(x), y) * len(x)
                 count += len(x)
         return float(total) / max(count, 1)
-
-    def _report(self, step: int, total: int, loss: Tensor, pruner: Pruner | None) -> None:
-        if self.progress is not None:
-            sparsity = self._achieved(pruner)
-            self.progress(Progress(step=step, total=total, loss=float(loss), sparsity=sparsity))
 
     def _achieved(self, pruner: Pruner | None) -> float:
         """Sparsity by mask; counted only when the masks have changed."""
@@ -321,36 +332,8 @@ def batches_per_epoch(data: Data, batch_size: int) -> int:
     return count
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The optimizer that a configuration describes."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-    cls = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return cls(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-
-
-def set_lr(optimizer: Optimizer, config: TrainConfig, step: int, total: int) -> None:
-    """The learning rate as a pure function of the step, so that nothing has to be resumed."""
-    factor = 1.0
-    if config.scheduler == "cosine":
-        factor = 0.5 * (1.0 + math.cos(math.pi * step / total))
-    elif config.scheduler == "multistep":
-        factor = 0.1 ** ((step >= 0.5 * total) + (step >= 0.75 * total))
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * factor
-
-
 def _average(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
     if config.ema is None:
         return None
     average = get_ema_multi_avg_fn(config.ema)
     return AveragedModel(model, multi_avg_fn=average)
-
-
-def _target(pruner: Pruner | None) -> float:
-    return pruner.schedule.sparsity(pruner.step_count) if pruner else 0.0
