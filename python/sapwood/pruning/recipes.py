@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from sapwood.pruning._names import Rule
+from sapwood.pruning._stages import describe_rule, describe_schedule, describe_scope
 from sapwood.pruning.allocation import LayerPlan, require_sparsity
 from sapwood.pruning.criteria import Criterion, resolve_criterion
 from sapwood.pruning.masks import MaskSet
 from sapwood.pruning.pruner import Pruner
+from sapwood.pruning.recipe import Recipe, RecipeOptions
 from sapwood.pruning.schedules import Cubic, Linear, Position, Schedule
 from sapwood.pruning.select import select
 from sapwood.pruning.train_config import TrainConfig
-from sapwood.pruning.training import Data, Metric, Progress, PruningResult, Trainer
-from sapwood.pruning.training import accuracy as default_metric
+from sapwood.pruning.training import PruningResult
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["ProgressiveMagnitude", "prune"]
 
@@ -35,6 +39,7 @@ def prune(
     include: Sequence[Rule] | None = None,
     exclude: Sequence[Rule] | None = None,
     min_keep_per_layer: int = 1,
+    masks: MaskSet | None = None,
     inplace: bool = True,
 ) -> MaskSet:
     """Cuts a model to a sparsity at once.
@@ -57,15 +62,17 @@ def prune(
         include: which parameters; see ``MaskSet.dense``.
         exclude: which not.
         min_keep_per_layer: elements that every tensor keeps.
+        masks: what is off already and stays off; it then says which parameters, instead of
+            ``include`` and ``exclude``.
         inplace: zero the weights; False only returns the masks.
 
     Returns:
         The masks.
 
     Raises:
-        MaskMatchError: if a rule matches nothing.
+        MaskMatchError: if a rule matches nothing, or a mask has no parameter.
         ValueError: if the sparsity is not finite, outside [0, 1) or unreachable, a weight is NaN,
-            or the criterion needs data and there is none.
+            the criterion needs data and there is none, or there are both masks and rules.
         TypeError: if an argument has another type.
 
     References:
@@ -77,7 +84,10 @@ def prune(
     rule = resolve_criterion(criterion, where)
     if rule.needs_data and batch is None:
         raise ValueError(f"{where}: batch must be given for {type(rule).__name__}, got None")
-    masks = MaskSet.dense(model, include, exclude)
+    if masks is None:
+        masks = MaskSet.dense(model, include, exclude)
+    elif include is not None or exclude is not None:
+        raise ValueError(f"{where}: include and exclude must be None with masks, got rules")
     scores = rule.scores(model, masks, batch, loss_fn)
     chosen = select(scores, masks, sparsity, scope=scope, min_keep_per_layer=min_keep_per_layer)
     if inplace:
@@ -85,7 +95,7 @@ def prune(
     return chosen
 
 
-class ProgressiveMagnitude:
+class ProgressiveMagnitude(Recipe):
     """Progressive magnitude pruning: one training run that ends sparse.
 
     The sparsity rises along the schedule while the network trains; what is small by then goes, the
@@ -114,15 +124,11 @@ class ProgressiveMagnitude:
             recover before the learning rate is gone.
         every: steps between updates; default: one epoch, at most 100.
         monotone: masked weights never return; default: what the schedule says.
-        include: which parameters; see ``MaskSet.dense``.
-        exclude: which not.
-        min_keep_per_layer: elements that every tensor keeps.
-        loss_fn: (output, y) -> scalar; default: cross entropy.
-        metric: (output, y) -> scalar mean over the batch; default: accuracy.
-        progress: called after every step.
+        options: see ``Recipe``: rules, loss, metric, progress, checkpoint and resume.
 
     Raises:
         ValueError: if the sparsity is not finite or outside [0, 1), or the schedule is unknown.
+        TypeError: if there is an unknown option.
 
     References:
         Our implementation of progressive magnitude pruning, arXiv:2606.12278, of which the
@@ -141,23 +147,17 @@ class ProgressiveMagnitude:
         t1: Position = 0.75,
         every: int | None = None,
         monotone: bool | None = None,
-        include: Sequence[Rule] | None = None,
-        exclude: Sequence[Rule] | None = None,
-        min_keep_per_layer: int = 1,
-        loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
-        metric: Metric = default_metric,
-        progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[RecipeOptions],
     ) -> None:
-        where = "sapwood.pruning.ProgressiveMagnitude"
+        super().__init__(train, **options)
         if sparsity is not None:
-            require_sparsity(sparsity, where)
+            require_sparsity(sparsity, self._where)
         if not isinstance(schedule, Schedule) and schedule not in _SCHEDULES:
             raise ValueError(
-                f"{where}: schedule must be one of {sorted(_SCHEDULES)} or a Schedule, "
+                f"{self._where}: schedule must be one of {sorted(_SCHEDULES)} or a Schedule, "
                 f"got {schedule!r}"
             )
         self.sparsity = sparsity
-        self.train = train or TrainConfig()
         self.schedule = schedule
         self.scope = scope
         self.criterion = criterion
@@ -165,12 +165,6 @@ class ProgressiveMagnitude:
         self.t1 = t1
         self.every = every
         self.monotone = monotone
-        self.include = include
-        self.exclude = exclude
-        self.min_keep_per_layer = min_keep_per_layer
-        self.loss_fn = loss_fn
-        self.metric = metric
-        self.progress = progress
 
     def fit(self, model: nn.Module, train: Any, val: Any) -> PruningResult:
         """Trains the model in place, on the configured device.
@@ -184,18 +178,12 @@ class ProgressiveMagnitude:
             Model, masks, history and report; also kept as ``model_``, ``masks_`` and ``result_``.
 
         Raises:
-            ValueError: if the data are empty or differ in length, or a weight becomes NaN.
+            ValueError: if the data are empty or differ in length, a weight becomes NaN, or the
+                checkpoint is of another run.
             TypeError: if the data are neither a loader nor a pair.
             MaskMatchError: if a rule matches nothing.
         """
-        trainer = Trainer(
-            self.train, loss_fn=self.loss_fn, metric=self.metric, progress=self.progress
-        )
-        data: tuple[Data, Data] = (train, val)
-        self.result_ = trainer.fit(model, *data, build=self._pruner)
-        self.model_ = self.result_.model
-        self.masks_ = self.result_.masks
-        return self.result_
+        return self._finish(self._open(model, train, val).run("train", self._pruner))
 
     def _pruner(self, model: nn.Module, total_steps: int, epoch_steps: int) -> Pruner | None:
         if self.sparsity is None:
@@ -218,3 +206,15 @@ class ProgressiveMagnitude:
             return self.schedule
         every = self.every or min(epoch_steps, _MOST_STEPS_BETWEEN_UPDATES)
         return _SCHEDULES[self.schedule](sparsity, t0=self.t0, t1=self.t1, every=every)
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "sparsity": self.sparsity,
+            "schedule": describe_schedule(self.schedule),
+            "scope": describe_scope(self.scope),
+            "criterion": describe_rule(self.criterion),
+            "t0": self.t0,
+            "t1": self.t1,
+            "every": self.every,
+            "monotone": self.monotone,
+        }

@@ -167,7 +167,7 @@ class Trainer:
             optimizer=make_optimizer(model, self.config),
             scaler=torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16"),
             pruner=pruner,
-            averaged=_average(model, self.config),
+            averaged=make_average(model, self.config),
             device=self.device,
             step=start.step,
             loss_sum=torch.zeros((), device=self.device),
@@ -332,7 +332,8 @@ def batches_per_epoch(data: Data, batch_size: int) -> int:
     return count
 
 
-def _average(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
+def make_average(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
+    """The moving average that a configuration asks for."""
     if config.ema is None:
         return None
     average = get_ema_multi_avg_fn(config.ema)

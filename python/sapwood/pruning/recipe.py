@@ -1,0 +1,104 @@
+"""What all recipes share: their options, and the files of an interrupted run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from torch import Tensor, nn
+
+from sapwood.pruning._names import Rule
+from sapwood.pruning._stages import Stages
+from sapwood.pruning.train_config import TrainConfig
+from sapwood.pruning.training import Data, Metric, Progress, PruningResult
+from sapwood.pruning.training import accuracy as default_metric
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Recipe", "RecipeOptions"]
+
+
+class RecipeOptions(TypedDict, total=False):
+    """The keyword arguments that every recipe takes; ``Recipe`` describes them."""
+
+    include: Sequence[Rule] | None
+    exclude: Sequence[Rule] | None
+    min_keep_per_layer: int
+    loss_fn: Callable[[Tensor, Tensor], Tensor] | None
+    metric: Metric
+    progress: Callable[[Progress], None] | None
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: int | None
+    resume: bool
+
+
+class Recipe:
+    """The base of all recipes: one or more training runs, the stages, that end in a pruned model.
+
+    With ``checkpoint``, every finished stage is written to a file of that folder and the running
+    one every ``checkpoint_every`` steps; ``resume=True`` then goes on where the folder ends, and on
+    the CPU the final weights are the same bits as without the interruption. A ``progress`` callback
+    may stop a run by raising, for instance ``KeyboardInterrupt``: the checkpoint is written first.
+
+    Args:
+        train: how to train; default ``TrainConfig()``.
+        options: keyword arguments, all optional:
+            ``include``, ``exclude``: which parameters; see ``MaskSet.dense``.
+            ``min_keep_per_layer``: elements that every tensor keeps; default 1.
+            ``loss_fn``: (output, y) -> scalar; default: cross entropy.
+            ``metric``: (output, y) -> scalar mean over the batch; default: accuracy.
+            ``progress``: called after every step.
+            ``checkpoint``: a folder; created when missing, refused when it holds another run.
+            ``checkpoint_every``: steps between checkpoints; default: one epoch.
+            ``resume``: go on from the folder; from the beginning when it is empty.
+
+    Raises:
+        TypeError: if there is an unknown option.
+        ValueError: if ``checkpoint_every`` is no positive integer, or ``resume`` lacks a folder.
+    """
+
+    def __init__(self, train: TrainConfig | None, **options: Unpack[RecipeOptions]) -> None:
+        where = self._where
+        unknown = sorted(set(options) - set(RecipeOptions.__annotations__))
+        if unknown:
+            raise TypeError(
+                f"{where}: options must be among {sorted(RecipeOptions.__annotations__)}, "
+                f"got {unknown[0]!r}"
+            )
+        self.train = train or TrainConfig()
+        self.include = options.get("include")
+        self.exclude = options.get("exclude")
+        self.min_keep_per_layer = options.get("min_keep_per_layer", 1)
+        self.loss_fn = options.get("loss_fn")
+        self.metric = options.get("metric", default_metric)
+        self.progress = options.get("progress")
+        self.checkpoint = options.get("checkpoint")
+        self.checkpoint_every = options.get("checkpoint_every")
+        self.resume = options.get("resume", False)
+        every = self.checkpoint_every
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
+            raise TypeError(f"{where}: checkpoint_every must be an integer, got {every!r}")
+        if every is not None and every < 1:
+            raise ValueError(f"{where}: checkpoint_every must be at least 1, got {every}")
+        if self.resume and self.checkpoint is None:
+            raise ValueError(f"{where}: checkpoint must be a folder with resume=True, got None")
+
+    @property
+    def _where(self) -> str:
+        return f"sapwood.pruning.{type(self).__name__}"
+
+    def _describe(self) -> dict[str, Any]:
+        """What decides the outcome, as JSON values; an interrupted run goes on only when equal."""
+        return {}
+
+    def _open(self, model: nn.Module, train: Data, val: Data) -> Stages:
+        return Stages(self, self._where, self._describe(), model, train, val)
+
+    def _finish(self, result: PruningResult) -> PruningResult:
+        """Keeps the fitted attributes."""
+        self.result_ = result
+        self.model_ = result.model
+        self.masks_ = result.masks
+        return result
