@@ -3,120 +3,247 @@
 Floats become integers of the same order, and the k-th smallest is found digit by digit: a pass
 counts the top 16 bits of all elements, the next one the following 16 bits of the elements in the
 chosen bin, and so on. One last pass compares with the threshold and resolves ties by position.
-Nothing is sorted or concatenated, the tensors are walked in chunks.
+Nothing is sorted, concatenated or copied; the tensors are walked in chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-#: Elements per chunk: a few temporaries of 2 or 4 MiB, which the caches of a CPU still like.
+#: Elements per chunk on the CPU: a few temporaries of 1 or 2 MiB, which its caches still like.
 CHUNK = 1 << 19
+#: Elements per chunk elsewhere, where a kernel launch costs more than memory.
+DEVICE_CHUNK = 1 << 22
 
-_DIGIT_BITS = 16
-_BINS = 1 << _DIGIT_BITS
+DIGIT_BITS = 16
+BINS = 1 << DIGIT_BITS
 _WIDE = torch.float64
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+#: Adds up integers over the ranks that hold the tensors together; the identity in one process.
+Total = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One tensor to choose from: its scores and, where some are off already, what is active."""
+    """One tensor to choose from, or this rank's part of it."""
 
     name: str
-    scores: Tensor  # (numel,) floating point
-    active: Tensor | None  # (numel,) bool; None: all of them
-
-    def inactive(self) -> int:
-        """Number of elements that are off already."""
-        if self.active is None:
-            return 0
-        return self.active.numel() - int(self.active.count_nonzero())
+    scores: Tensor  # any shape and layout, floating point, without NaN
+    active: Tensor | None = None  # (numel,) bool; None: no element is off already
+    protected: Tensor | None = None  # (numel,) bool: stays on whatever its score; None: no element
+    counted: bool = True  # False on all but one of the ranks that hold copies
 
 
-def smallest(layers: Sequence[Layer], k: int) -> list[Tensor]:
-    """Keep masks (numel,) with exactly the first ``k`` elements off.
+@dataclass(frozen=True)
+class Order:
+    """How scores are ranked; the same for all layers and on all ranks.
 
-    The order is (inactive first, score, position in ``layers``, flat index); -0.0 equals 0.0.
-    Scores must not hold NaN, and ``k`` must cover the inactive elements.
+    The order is (inactive first, score or its absolute value, position among the layers, flat
+    index); -0.0 equals 0.0, protected elements come last.
     """
-    wide = any(layer.scores.dtype == _WIDE for layer in layers)
-    keep = [
-        torch.ones(layer.scores.shape, dtype=torch.bool, device=layer.scores.device)
-        if layer.active is None
-        else layer.active.clone()
-        for layer in layers
-    ]
-    k -= sum(layer.inactive() for layer in layers)
-    if k == 0:
-        return keep
-    threshold, ties_off, ties = _kth(layers, k, wide)
-    for layer, mask in zip(layers, keep, strict=True):
-        for chunk in _chunks(layer):
-            keys = _keys(layer.scores[chunk], wide)
-            # with every tie off the comparison decides alone; else the first ties are marked below
-            above = keys > threshold if ties_off == ties else keys >= threshold
-            if 0 < ties_off < ties:
-                tied = ((keys == threshold) & mask[chunk]).nonzero().flatten()[:ties_off]
-                above[tied] = False
-                ties_off -= tied.numel()
-                ties -= tied.numel()
-            mask[chunk] &= above
-    return keep
+
+    absolute: bool = False
+    signed: bool = True  # False spares the work that only negative scores need
 
 
-def nan_count(scores: Tensor) -> int:
-    """Number of NaN values."""
-    parts = torch.split(scores.reshape(-1), CHUNK)
-    # the maximum is NaN when any element is, and much cheaper than isnan
-    return sum(int(p.isnan().count_nonzero()) for p in parts if p.numel() and p.amax().isnan())
+@dataclass(frozen=True)
+class Cut:
+    """The last key that goes, how many of the elements that have it go, and how many have it."""
+
+    key: int
+    ties_off: int
+    ties: int
 
 
-def _kth(layers: Sequence[Layer], k: int, wide: bool) -> tuple[int, int, int]:
-    """The k-th smallest active key, how many of its equals are among the k, and their number."""
-    bits = 64 if wide else 32
-    prefix, remaining, in_bin = 0, k, 0
-    for shift in range(bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        counts = torch.zeros(_BINS, dtype=torch.int64)
-        for layer in layers:
-            for chunk in _chunks(layer):
-                scores = layer.scores[chunk]
-                if layer.active is not None:
-                    scores = scores[layer.active[chunk]]
-                counts += _digit_counts(_keys(scores, wide), shift, prefix, bits)
-        below = counts.cumsum(0)
-        digit = int(torch.searchsorted(below, remaining))
-        in_bin = int(counts[digit])
-        remaining -= int(below[digit]) - in_bin
-        # the top digit is signed: bin 0 holds the most negative keys
-        prefix = digit - _BINS // 2 if shift == bits - _DIGIT_BITS else prefix * _BINS + digit
-    return prefix, remaining, in_bin
+class Keys:
+    """The scores of some layers as integers of the same order, in chunks that share buffers."""
+
+    def __init__(self, layers: Sequence[Layer], order: Order) -> None:
+        self.layers = layers
+        self._order = order
+        wide = any(layer.scores.dtype == _WIDE for layer in layers)
+        self._floating = _WIDE if wide else torch.float32
+        self._integer = torch.int64 if wide else torch.int32
+        self.bits = 64 if wide else 32
+        self._buffers: dict[torch.device, Tensor] = {}  # (2, elements of the longest chunk)
+
+    def chunks(self, layer: Layer) -> Iterator[tuple[slice, Tensor]]:
+        """(part of the flat tensor, its keys); the keys are read-only and valid for one step."""
+        start = 0
+        for scores in pieces(layer.scores):
+            part = slice(start, start + scores.numel())
+            start = part.stop
+            active = None if layer.active is None else layer.active[part]
+            protected = None if layer.protected is None else layer.protected[part]
+            yield part, self.convert(scores, active, protected)
+
+    def buffers(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Two integer buffers of a chunk's length: the first may hold the present keys."""
+        numel = like.numel()
+        held = self._buffers.get(like.device)
+        if held is None or held.shape[1] < numel:
+            held = torch.empty(2, numel, dtype=self._integer, device=like.device)
+            self._buffers[like.device] = held
+        return held[0, :numel], held[1, :numel]
+
+    def convert(self, scores: Tensor, active: Tensor | None, protected: Tensor | None) -> Tensor:
+        """Keys (numel,) of contiguous scores (numel,): inactive lowest, protected highest."""
+        largest = torch.iinfo(self._integer).max
+        keys = scores.to(self._floating).view(self._integer)
+        buffer, spare = self.buffers(scores)
+        if self._order.absolute:
+            keys = torch.bitwise_and(keys, largest, out=buffer)
+        if active is not None:  # all bits set: -1, below the key of 0.0; see also the sign below
+            keys = torch.bitwise_or(keys, active.view(torch.int8) - 1, out=buffer)
+        if self._order.signed and not self._order.absolute:
+            # the bits without the sign, negated where that was set: -0.0 joins 0.0, and an
+            # inactive element gets the negative of the largest integer, below the key of -inf
+            negative = torch.bitwise_right_shift(keys, self.bits - 1, out=spare)
+            keys = torch.bitwise_and(keys, largest, out=buffer)
+            keys.bitwise_xor_(negative).sub_(negative)
+        if protected is not None:
+            keys = buffer.copy_(keys).masked_fill_(protected, largest)
+        return keys
 
 
-def _digit_counts(keys: Tensor, shift: int, prefix: int, bits: int) -> Tensor:
-    """Histogram of the digit at ``shift`` over the keys whose higher digits equal ``prefix``."""
-    if shift == bits - _DIGIT_BITS:
-        digits = (keys >> shift) + _BINS // 2
+def chunk_size(device: torch.device) -> int:
+    """Elements per chunk on a device."""
+    return CHUNK if device.type == "cpu" else DEVICE_CHUNK
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Contiguous flat parts of a tensor in the order of its flat index.
+
+    A contiguous tensor is not copied, another one only part by part.
+    """
+    limit = chunk_size(tensor.device)
+    if tensor.is_contiguous():
+        yield from tensor.view(-1).split(limit)
+    elif tensor.numel() <= limit:
+        yield tensor.reshape(-1)
     else:
-        keys = keys[(keys >> (shift + _DIGIT_BITS)) == prefix]
-        digits = (keys >> shift) & (_BINS - 1)
-    return torch.bincount(digits, minlength=_BINS).cpu()
+        rows = limit // tensor[0].numel()
+        for part in tensor.split(rows) if rows else tensor.unbind():
+            yield from (part.reshape(-1),) if rows else pieces(part)
 
 
-def _chunks(layer: Layer) -> Iterator[slice]:
-    for start in range(0, layer.scores.numel(), CHUNK):
-        yield slice(start, start + CHUNK)
+def find_cut(keys: Keys, k: int, total: Total) -> Cut:
+    """Where the order of all elements is cut so that the first ``k`` go."""
+    half = 1 << (keys.bits - 1)
+
+    def counts(shift: int, prefix: int) -> Tensor:
+        return total(_digit_counts(keys, shift, prefix))
+
+    value, ties_off, ties = descend(counts, keys.bits, k)
+    return Cut(value - half, ties_off, ties)
 
 
-def _keys(scores: Tensor, wide: bool) -> Tensor:
-    """Scores as int32 or int64 keys of the same order."""
-    floating, integer = (_WIDE, torch.int64) if wide else (torch.float32, torch.int32)
-    keys = scores.to(floating).view(integer)
-    if keys.numel() and int(keys.amin()) < 0:
-        # -0.0 joins 0.0; the bits of negative floats grow downwards, so all but the sign flip
-        keys = torch.where(keys == torch.iinfo(integer).min, 0, keys)
-        keys = torch.where(keys < 0, keys ^ torch.iinfo(integer).max, keys)
-    return keys
+def descend(counts: Callable[[int, int], Tensor], bits: int, k: int) -> tuple[int, int, int]:
+    """The k-th smallest of integers in [0, 2**bits), known by the histograms of their digits.
+
+    Args:
+        counts: (shift, prefix) -> (65536,) histogram of the digit at ``shift`` over the integers
+            whose higher digits are ``prefix``.
+        bits: a multiple of 16.
+        k: from 1 to the number of integers.
+
+    Returns:
+        The k-th smallest, how many of its equals are among the k, and their number.
+    """
+    prefix, rest, ties = 0, k, 0
+    for shift in range(bits - DIGIT_BITS, -1, -DIGIT_BITS):
+        below = counts(shift, prefix).cpu().cumsum(0)
+        digit = int(torch.searchsorted(below, rest))
+        before = int(below[digit - 1]) if digit else 0
+        ties = int(below[digit]) - before
+        rest -= before
+        prefix = prefix << DIGIT_BITS | digit
+    return prefix, rest, ties
+
+
+def add_counts(digits: Tensor, counts: Tensor) -> None:
+    """Adds the histogram of the digits to ``counts`` (65536,)."""
+    found = torch.bincount(digits)
+    counts[: found.numel()] += found.to(counts.device)
+
+
+def new_counts(device: torch.device) -> Tensor:
+    """An empty histogram of one digit."""
+    return torch.zeros(BINS, dtype=torch.int64, device=device)
+
+
+def switch_off(keys: Keys, cut: Cut, quotas: Sequence[int] | None = None) -> list[Tensor]:
+    """Keep masks (numel,): below the cut all are off, of its ties the first.
+
+    Args:
+        keys: the layers.
+        cut: where their order is cut.
+        quotas: how many ties go in each layer; default: the first ones of all layers.
+    """
+    masks = []
+    left = cut.ties_off
+    for index, layer in enumerate(keys.layers):
+        mask = torch.empty(layer.scores.numel(), dtype=torch.bool, device=layer.scores.device)
+        left = left if quotas is None else quotas[index]
+        for part, chunk in keys.chunks(layer):
+            if cut.ties_off == cut.ties:
+                torch.gt(chunk, cut.key, out=mask[part])
+                continue
+            torch.ge(chunk, cut.key, out=mask[part])
+            if left:
+                tied = positions(chunk == cut.key)[:left]
+                mask[part].index_fill_(0, tied, False)
+                left -= tied.numel()
+        masks.append(mask)
+    return masks
+
+
+def positions(flags: Tensor) -> Tensor:
+    """Where ``flags`` (numel,) is True, as ``nonzero``; faster when that is rare."""
+    whole = flags.numel() // 8 * 8
+    blocks = flags[:whole].view(torch.int64).nonzero().view(-1)
+    if 16 * blocks.numel() > whole:
+        return flags.nonzero().view(-1)
+    inner = flags[:whole].view(-1, 8).index_select(0, blocks).nonzero()
+    found = blocks.index_select(0, inner[:, 0]).mul_(8).add_(inner[:, 1])
+    return torch.cat((found, flags[whole:].nonzero().view(-1).add_(whole)))
+
+
+def survey(scores: Tensor) -> tuple[int, bool]:
+    """The number of NaN values, and whether a sign bit is set among the others."""
+    nans, signed = 0, False
+    for piece in pieces(scores):
+        if not piece.numel():
+            continue
+        low, high = piece.aminmax()  # NaN when any element is, and much cheaper than isnan
+        if bool(high.isnan()):
+            nans += int(piece.isnan().count_nonzero())
+        elif not signed and float(low) <= 0.0:
+            signed = int(piece.view(_INTEGERS[piece.element_size()]).amin()) < 0
+    return nans, signed
+
+
+def _digit_counts(keys: Keys, shift: int, prefix: int) -> Tensor:
+    """Histogram of the digit at ``shift`` over the keys whose higher digits equal ``prefix``.
+
+    Keys are signed: half of their range is added to make them the integers of ``descend``.
+    """
+    counts = new_counts(keys.layers[0].scores.device)
+    first = shift == keys.bits - DIGIT_BITS
+    bias = 1 << (keys.bits - 1 - shift)
+    for layer in keys.layers:
+        for _, chunk in keys.chunks(layer) if layer.counted else ():
+            _, spare = keys.buffers(chunk)
+            if first:
+                digits = torch.bitwise_right_shift(chunk, shift, out=spare).add_(bias)
+            else:
+                higher = torch.bitwise_right_shift(chunk, shift + DIGIT_BITS, out=spare)
+                inside = positions(higher == prefix - (bias >> DIGIT_BITS))
+                digits = (chunk.index_select(0, inside) >> shift).bitwise_and_(BINS - 1)
+            add_counts(digits, counts)
+    return counts

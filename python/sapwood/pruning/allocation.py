@@ -7,11 +7,15 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from sapwood._files import atomic_write_bytes
 from sapwood.pruning._names import MaskMatchError, closest
+
+if TYPE_CHECKING:
+    from sapwood.pruning.masks import MaskSet
 
 __all__ = ["LayerPlan", "erk_densities"]
 
@@ -94,6 +98,28 @@ class LayerPlan(dict[str, float]):
                     f"sapwood.pruning.LayerPlan: the sparsity of {name!r} must be in [0, 1], "
                     f"got {value}"
                 )
+
+    @classmethod
+    def like(cls, masks: MaskSet) -> LayerPlan:
+        """The sparsities of the tensors in another mask set, for a control of equal budgets.
+
+        With this plan as scope, ``masks.sparsity()``, dense masks and ``min_keep_per_layer=0``,
+        ``select`` switches off exactly as many elements of every tensor as ``masks`` does.
+
+        Example:
+            >>> import torch
+            >>> from sapwood.pruning import LayerPlan, MaskSet
+            >>> LayerPlan.like(MaskSet({"w": torch.tensor([True, False, True, True])}))
+            {'w': 0.25}
+
+        Args:
+            masks: the mask set whose budgets to copy.
+
+        Returns:
+            A plan with one key per tensor.
+        """
+        counts = masks.counts().items()
+        return cls({name: 1.0 - kept / size if size else 0.0 for name, (kept, size) in counts})
 
     def resolve(self, names: Sequence[str]) -> dict[str, float]:
         """The planned sparsity of every name.
