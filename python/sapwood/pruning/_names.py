@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim.swa_utils import AveragedModel
 
+from sapwood.pruning._distributed import show_shards
+
 #: An exact name, a glob pattern, or a predicate on (name, parameter).
 Rule = str | Callable[[str, nn.Parameter], bool]
 
@@ -57,6 +59,7 @@ class NamedParameters:
 
     @classmethod
     def of(cls, model: nn.Module) -> NamedParameters:
+        show_shards(model)
         clean_of = _module_names(model)
         found = cls({}, {}, {}, {})
         first: dict[object, str] = {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from sapwood.pruning._distributed import local, place, totals
 
 #: Optimizers whose update of a zero weight with zero gradient and zero state is exactly zero.
 KEEPS_ZEROS: tuple[type[Optimizer], ...] = (
@@ -18,16 +20,31 @@ KEEPS_ZEROS: tuple[type[Optimizer], ...] = (
 )
 
 
+def require_attachable(
+    optimizer: Optimizer, attached: Sequence[Optimizer], enforce: str, where: str
+) -> None:
+    """Raises unless a pruner with these optimizers and this enforcement can follow another one."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{where}: optimizer must be a torch Optimizer, got {optimizer!r}")
+    if optimizer in attached:
+        raise ValueError(f"{where}: optimizer must not be attached yet, got it twice")
+    if enforce == "on_update" and type(optimizer) not in KEEPS_ZEROS:
+        raise ValueError(
+            f"{where}: optimizer must be SGD, Adam or AdamW with enforce='on_update', "
+            f"got {type(optimizer).__name__}"
+        )
+
+
 class StateCleaner:
     """Clears the state of optimizers, and says once when some of it has to be left alone."""
 
     def __init__(self) -> None:
         self._warned = False
 
-    def clear(self, optimizer: Optimizer, off: Mapping[nn.Parameter, Tensor]) -> None:
-        """Zeroes every state tensor of a parameter's shape where the weight is off."""
+    def clear(self, optimizer: Optimizer, keep: Mapping[nn.Parameter, Tensor]) -> None:
+        """Zeroes every state tensor of a parameter's shape where the mask is False."""
         with torch.no_grad():
-            skipped = _clear(optimizer, off)
+            skipped = _clear(optimizer, keep)
         if skipped and not self._warned:
             self._warned = True
             warnings.warn(
@@ -39,15 +56,15 @@ class StateCleaner:
             )
 
 
-def _clear(optimizer: Optimizer, off: Mapping[nn.Parameter, Tensor]) -> list[str]:
+def _clear(optimizer: Optimizer, keep: Mapping[nn.Parameter, Tensor]) -> list[str]:
     """Returns the names of state tensors of another shape, such as factored moments."""
     skipped: set[str] = set()
-    for parameter, where in off.items():
+    for parameter, mask in keep.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor):
                 continue
             if value.shape == parameter.shape:
-                value.masked_fill_(where.to(value.device), 0)
+                local(value).masked_fill_(~local(place(mask, value)), 0)
             elif value.numel() > 1:
                 skipped.add(key)
     return sorted(skipped)
@@ -57,15 +74,17 @@ def state_zeros(
     optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]
 ) -> tuple[int, int]:
     """Zeros and elements of the state tensors that have their parameter's shape."""
-    zeros = total = 0
     wanted = list(parameters)
-    for optimizer in optimizers:
-        for parameter in wanted:
-            for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    zeros += value.numel() - int(value.count_nonzero())
-                    total += value.numel()
-    return zeros, total
+    states = [
+        value
+        for optimizer in optimizers
+        for parameter in wanted
+        for value in optimizer.state.get(parameter, {}).values()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    ]
+    nonzero = totals([[int(local(value).count_nonzero())] for value in states], states)
+    total = sum(value.numel() for value in states)
+    return total - sum(count for (count,) in nonzero), total
 
 
 def masters(

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import sapwood
-from sapwood.pruning import _container
+from sapwood.pruning import _container, _distributed
 from sapwood.pruning._names import shape_of
 from sapwood.pruning.allocation import LayerPlan
 from sapwood.pruning.criteria import Criterion, describe_criterion, resolve_criterion
 from sapwood.pruning.masks import MaskSet
-from sapwood.pruning.schedules import Schedule
+from sapwood.pruning.schedules import Schedule, schedule_from_state
 from sapwood.pruning.select import require_min_keep, require_scope
 
 State = dict[str, Tensor | str | int | float]
@@ -90,7 +92,7 @@ class Loaded:
 
     masks: MaskSet
     step_count: int
-    schedule: dict[str, Any]
+    schedule: Schedule
     criterion: Criterion | None
     settings: Settings
 
@@ -110,8 +112,12 @@ def collect(
     }
 
 
-def restore(state: Mapping[str, Any]) -> Loaded:
+def restore(state: Mapping[str, Any], schedule: Schedule | None = None) -> Loaded:
     """Checks every part of a state.
+
+    Args:
+        state: from ``collect``.
+        schedule: instead of the one that the state describes.
 
     Raises:
         ValueError: if something is missing or not what ``collect`` writes.
@@ -133,13 +139,28 @@ def restore(state: Mapping[str, Any]) -> Loaded:
         mask = state[_MASK + name]
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise ValueError(f"mask {name} must be a bool tensor, got {mask!r}")
+    described = _container.loads_object(state["schedule"], "schedule")
     return Loaded(
         masks=MaskSet({name: state[_MASK + name].clone() for name in names}, aliases=aliases),
         step_count=step,
-        schedule=_container.loads_object(state["schedule"], "schedule"),
+        schedule=schedule_from_state(described) if schedule is None else schedule,
         criterion=_criterion(state["criterion"]),
         settings=Settings.from_json(state["settings"]),
     )
+
+
+def read(path: str | os.PathLike[str], where: str, schedule: Schedule | None = None) -> Loaded:
+    """The checked state in a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if ``encode`` did not write it.
+    """
+    content = Path(path).read_bytes()
+    try:
+        return restore(decode(content), schedule)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {path} must be an intact pruner file: {error}") from None
 
 
 def _criterion(text: str) -> Criterion | None:
@@ -164,18 +185,26 @@ def require_same_setup(mine: State, state: Mapping[str, Any]) -> None:
 
 
 def encode(state: State) -> bytes:
-    """A safetensors file: packed masks, everything else in the metadata."""
-    masks = {
-        key.removeprefix(_MASK): value
-        for key, value in state.items()
-        if key.startswith(_MASK) and isinstance(value, Tensor)
-    }
+    """A safetensors file: packed masks, everything else in the metadata.
+
+    Sharded masks are gathered, one at a time; collective then.
+    """
+    masks = {key.removeprefix(_MASK): value for key, value in mask_tensors(state).items()}
     metadata = {key: str(state[key]) for key in (*_STRINGS, "step_count")}
     metadata["shapes"] = json.dumps({name: shape_of(mask) for name, mask in masks.items()})
     metadata["created_by"] = f"sapwood {sapwood.__version__}"
     return _container.encode(
-        {name: _container.pack(mask) for name, mask in masks.items()}, metadata
+        {name: _container.pack(_distributed.full(mask)) for name, mask in masks.items()}, metadata
     )
+
+
+def mask_tensors(state: State) -> dict[str, Tensor]:
+    """The masks among the entries of a state, under their keys."""
+    return {
+        key: value
+        for key, value in state.items()
+        if key.startswith(_MASK) and isinstance(value, Tensor)
+    }
 
 
 def decode(content: bytes) -> dict[str, Any]:

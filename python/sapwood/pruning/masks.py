@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from sapwood._files import atomic_write_bytes
 from sapwood.pruning import _maskfile
+from sapwood.pruning._compare import overlap, require_same_shapes
+from sapwood.pruning._distributed import Whole, full, is_sharded, local, place, totals, write_once
 from sapwood.pruning._names import NamedParameters, Rule, prunable, require_matching, shape_of
 
 __all__ = ["PRUNABLE", "MaskSet"]
@@ -28,6 +30,9 @@ class MaskSet(Mapping[str, Tensor]):
     Names are those of the bare model: what DistributedDataParallel, torch.compile and FSDP put in
     front of them is stripped. Nothing is attached to the model. The mapping itself is immutable;
     treat the mask tensors as read-only too.
+
+    Masks of parameters that ``fully_shard`` splits are DTensors with the same placements. Counts,
+    digests and comparisons are then those of the whole masks, and collective: every rank calls.
 
     Example:
         >>> import torch
@@ -140,7 +145,7 @@ class MaskSet(Mapping[str, Tensor]):
         where = f"{_WHERE}.from_zeros"
         chosen, aliases = prunable(model, include, exclude, types, strict, where)
         for name, p in chosen.items():
-            count = int(p.detach().isnan().sum())
+            ((count,),) = totals([[int(local(p).isnan().sum())]], [p])
             if count:
                 raise ValueError(f"{where}: {name} must hold numbers, got {count} NaN values")
         return cls({name: p.detach() != 0 for name, p in chosen.items()}, aliases=aliases)
@@ -188,6 +193,9 @@ class MaskSet(Mapping[str, Tensor]):
     ) -> None:
         """Writes the masks, one bit per weight, atomically.
 
+        Sharded masks are written whole, by the first rank of their mesh; all ranks call, and find
+        the file when the call returns.
+
         Example:
             >>> masks.save("model.masks.safetensors", metadata={"run": "7"})  # doctest: +SKIP
 
@@ -200,7 +208,8 @@ class MaskSet(Mapping[str, Tensor]):
             TypeError: if metadata holds anything but strings.
         """
         user = _user_metadata({**self.metadata, **(metadata or {})})
-        atomic_write_bytes(path, _maskfile.encode(self, self.aliases, user))
+        content = _maskfile.encode(Whole(self), self.aliases, user)
+        write_once(self.values(), lambda: atomic_write_bytes(path, content))
 
     def apply_(self, model: nn.Module, *, strict: bool = True) -> None:
         """Sets the masked weights of the model to +0.0, in place and outside autograd.
@@ -219,7 +228,7 @@ class MaskSet(Mapping[str, Tensor]):
         found = self.parameters_of(NamedParameters.of(model), strict, f"{_WHERE}.apply_")
         with torch.no_grad():
             for name, parameter in found.items():
-                parameter.masked_fill_(~self._masks[name].to(parameter.device), 0.0)
+                local(parameter).masked_fill_(self._off(name, parameter), 0.0)
 
     def check(self, model: nn.Module, *, strict: bool = True) -> list[str]:
         """Names whose weights are not zero (NaN included) where they should be.
@@ -240,11 +249,13 @@ class MaskSet(Mapping[str, Tensor]):
             ValueError: if a shape differs.
         """
         found = self.parameters_of(NamedParameters.of(model), strict, f"{_WHERE}.check")
-        return [
-            name
-            for name, parameter in found.items()
-            if bool(((parameter.detach() != 0) & ~self._masks[name].to(parameter.device)).any())
-        ]
+        revived = [[int((local(p) != 0)[self._off(n, p)].any())] for n, p in found.items()]
+        counts = totals(revived, list(found.values()))
+        return [name for name, (count,) in zip(found, counts, strict=True) if count]
+
+    def _off(self, name: str, parameter: Tensor) -> Tensor:
+        """Where this rank's part of a parameter is masked."""
+        return ~local(place(self._masks[name], parameter))
 
     def parameters_of(
         self, named: NamedParameters, strict: bool, where: str
@@ -261,7 +272,9 @@ class MaskSet(Mapping[str, Tensor]):
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Name -> (kept, total)."""
-        return {name: (int(m.count_nonzero()), m.numel()) for name, m in self._masks.items()}
+        masks = list(self._masks.values())
+        kept = totals([[int(local(mask).count_nonzero())] for mask in masks], masks)
+        return {n: (k, m.numel()) for (n, m), (k,) in zip(self._masks.items(), kept, strict=True)}
 
     def sparsity(self) -> float:
         """Share of the elements in the set that are switched off; 0.0 for an empty set."""
@@ -301,32 +314,29 @@ class MaskSet(Mapping[str, Tensor]):
         where = f"{_WHERE}.overlap"
         self._require_same(other, where)
         both = (self & other).counts()
-        mine, theirs = self.counts(), other.counts()
-        shared = float(sum(kept for kept, _ in both.values()))
-        kept = sum(k for k, _ in mine.values())
-        if kind == "jaccard":
-            numerator, denominator = shared, kept + sum(k for k, _ in theirs.values()) - shared
-        elif kind == "keep_share":
-            numerator, denominator = shared, float(kept)
-        elif kind == "chance_corrected":
-            best = sum(min(mine[name][0], theirs[name][0]) for name in mine)
-            chance = sum(
-                mine[n][0] * theirs[n][0] / total for n, (_, total) in mine.items() if total
-            )
-            numerator, denominator = shared - chance, best - chance
-        else:
-            raise ValueError(
-                f"{where}: kind must be 'jaccard', 'keep_share' or 'chance_corrected', got {kind!r}"
-            )
-        return numerator / denominator if denominator else 1.0
+        return overlap(self.counts(), other.counts(), both, kind, where)
 
     def digest(self) -> str:
         """sha256 over names, shapes and packed bits: equal for equal sets, in the same order."""
-        return _maskfile.digest(self)
+        return _maskfile.digest(Whole(self))
+
+    def full(self) -> MaskSet:
+        """Plain masks out of sharded ones, on every rank and on the CPU; collective."""
+        return self._like({name: full(mask) for name, mask in self._masks.items()})
 
     def to(self, device: torch.device | str) -> MaskSet:
-        """The same masks on another device."""
-        return self._like({name: mask.to(device) for name, mask in self._masks.items()})
+        """The same masks on another device.
+
+        Raises:
+            NotImplementedError: if a sharded mask would leave the devices of its mesh.
+        """
+        for name, mask in self._masks.items():
+            if is_sharded(mask) and mask.device.type != torch.device(device).type:
+                raise NotImplementedError(
+                    f"{_WHERE}.to: device must be that of the sharded mask {name}, "
+                    f"{mask.device.type}, got {device}; use full()"
+                )
+        return self._like({n: m if is_sharded(m) else m.to(device) for n, m in self._masks.items()})
 
     def _like(self, masks: Mapping[str, Tensor]) -> MaskSet:
         return MaskSet(masks, aliases=self.aliases, metadata=self.metadata)
@@ -334,21 +344,12 @@ class MaskSet(Mapping[str, Tensor]):
     def _require_same(self, other: MaskSet, where: str) -> None:
         if not isinstance(other, MaskSet):
             raise TypeError(f"{where}: other must be a MaskSet, got {type(other).__name__}")
-        if set(self) != set(other):
-            differing = sorted(set(self) ^ set(other))
-            raise ValueError(
-                f"{where}: other must have the same names, got a difference in "
-                f"{', '.join(repr(name) for name in differing[:5])}"
-            )
-        for name, mask in self.items():
-            if mask.shape != other[name].shape:
-                expected, actual = shape_of(mask), shape_of(other[name])
-                raise ValueError(f"{where}: {name} must have shape {expected}, got {actual}")
+        require_same_shapes(self, other, where)
 
     def _combine(self, other: MaskSet, operation: str) -> MaskSet:
         self._require_same(other, f"{_WHERE}.{operation}")
         return self._like(
-            {n: getattr(mask, operation)(other[n].to(mask.device)) for n, mask in self.items()}
+            {n: getattr(mask, operation)(place(other[n], mask)) for n, mask in self.items()}
         )
 
     def __and__(self, other: MaskSet) -> MaskSet:
@@ -366,9 +367,10 @@ class MaskSet(Mapping[str, Tensor]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MaskSet):
             return NotImplemented
-        return list(self) == list(other) and all(
-            torch.equal(mask, other[name].to(mask.device)) for name, mask in self.items()
-        )
+        if list(self) != list(other):
+            return False
+        same = [torch.equal(local(m), local(place(other[n], m))) for n, m in self.items()]
+        return not any(n for (n,) in totals([[int(not s)] for s in same], list(self.values())))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -383,7 +385,9 @@ class MaskSet(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         total = sum(mask.numel() for mask in self._masks.values())
-        return f"MaskSet({len(self)} tensors, {total} elements, sparsity {self.sparsity():.4f})"
+        sharded = any(is_sharded(mask) for mask in self._masks.values())
+        share = "sharded" if sharded else f"sparsity {self.sparsity():.4f}"  # never collective
+        return f"MaskSet({len(self)} tensors, {total} elements, {share})"
 
 
 def _user_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sapwood._files import atomic_write_bytes
 from sapwood.pruning import _optim, _state
-from sapwood.pruning._bits import clear_, keep_bits
-from sapwood.pruning._names import NamedParameters, Rule, require_prunable
+from sapwood.pruning._compare import asks_for_more
+from sapwood.pruning._enforce import Enforcer, starting_masks
+from sapwood.pruning._names import Rule
+from sapwood.pruning._persistence import Persistent
+from sapwood.pruning._replicas import Replicas
 from sapwood.pruning.allocation import LayerPlan
 from sapwood.pruning.criteria import Criterion, master_copies, resolve_criterion
 from sapwood.pruning.masks import MaskSet
 from sapwood.pruning.report import SparsityReport
-from sapwood.pruning.schedules import Schedule, schedule_from_state
+from sapwood.pruning.schedules import Schedule
 from sapwood.pruning.select import select
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from typing_extensions import Self
 
 __all__ = ["Pruner"]
 
@@ -29,7 +33,7 @@ _WHERE = "sapwood.pruning.Pruner"
 _CHECK_EVERY = 1000
 
 
-class Pruner:
+class Pruner(Persistent):
     """Prunes a model while it trains.
 
     Attached to an optimizer, it masks gradients before every step, and after every step advances
@@ -70,6 +74,9 @@ class Pruner:
             masks change, for SGD, Adam and AdamW, which keep zeros by themselves once gradients are
             masked; that is verified every 1000 steps.
         total_steps: for schedules with fractions.
+        process_group: whose ranks must hold the same masks. Default: that of the
+            DistributedDataParallel in ``model``, or of the mesh of sharded parameters. Without
+            either nothing is ever exchanged.
         seed: seed of a random criterion given by name.
 
     Raises:
@@ -93,6 +100,7 @@ class Pruner:
         mask_gradients: bool = True,
         enforce: Literal["always", "on_update"] = "always",
         total_steps: int | None = None,
+        process_group: ProcessGroup | None = None,
         seed: int = 0,
     ) -> None:
         if not isinstance(schedule, Schedule):
@@ -110,21 +118,15 @@ class Pruner:
             seed=seed,
         )
         self._model = model
-        self._masks = _starting_masks(model, masks, include, exclude)
+        self._group = process_group
+        masks = starting_masks(model, masks, include, exclude, _WHERE)
+        self._enforcer = Enforcer(model, masks, _WHERE)
         if isinstance(scope, LayerPlan):
-            scope.resolve(list(self._masks))
+            scope.resolve(list(self.masks))
         self.step_count = 0
         self._averaged: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
-        self._bits: dict[str, Tensor] = {}
-        self._raw_names: dict[str, str] = {}
-        self._cleaner = _optim.StateCleaner()
-
-    @property
-    def masks(self) -> MaskSet:
-        """The present masks."""
-        return self._masks
 
     @property
     def finished(self) -> bool:
@@ -149,15 +151,7 @@ class Pruner:
             RuntimeError: if the criterion needs data; advance such a pruner with ``step(batch)``.
         """
         where = f"{_WHERE}.attach"
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"{where}: optimizer must be a torch Optimizer, got {optimizer!r}")
-        if optimizer in self._optimizers:
-            raise ValueError(f"{where}: optimizer must not be attached yet, got it twice")
-        if self.settings.enforce == "on_update" and type(optimizer) not in _optim.KEEPS_ZEROS:
-            raise ValueError(
-                f"{where}: optimizer must be SGD, Adam or AdamW with enforce='on_update', "
-                f"got {type(optimizer).__name__}"
-            )
+        _optim.require_attachable(optimizer, self._optimizers, self.settings.enforce, where)
         if self.criterion.needs_data:
             raise RuntimeError(
                 f"{where}: criterion must not need data, got {type(self.criterion).__name__}; "
@@ -167,12 +161,14 @@ class Pruner:
         try:
             if self.step_count == 0 and self.schedule.is_update(0):
                 self._update(None)
+            else:
+                Replicas(self._model, self.masks, self._group, where).settle(self.masks)
         except Exception:
             self._optimizers.pop()
             raise
-        self._zero_weights()
+        self._enforcer.zero_weights()
         if self._masks_gradients_now():  # otherwise the state may hold what unmasked ones left
-            self._clear_state(optimizer)
+            self._enforcer.clear_state(optimizer, self.masks)
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
         return self
@@ -195,7 +191,7 @@ class Pruner:
             MaskMatchError: if a masked parameter is missing in it.
             ValueError: if a shape differs.
         """
-        self._masks.apply_(averaged_model)
+        self.masks.apply_(averaged_model)
         self._averaged.append(averaged_model)
 
     def step(self, batch: Any = None) -> bool:
@@ -222,7 +218,7 @@ class Pruner:
         if self.step_count == 0 and self.schedule.is_update(0):
             changed = self._update(batch)
         changed = self._advance(batch) or changed
-        self._zero_weights()
+        self._enforcer.zero_weights()
         return changed
 
     def mask_gradients(self) -> None:
@@ -231,119 +227,17 @@ class Pruner:
         Does nothing while masked weights may still return, and none is needed without clipping:
         an attached pruner masks gradients before every step.
         """
-        if not self._masks_gradients_now():
-            return
-        for name, parameter in self._parameters().items():
-            if parameter.grad is not None:
-                clear_(parameter.grad, self._keep_bits(name, parameter))
+        if self._masks_gradients_now():
+            self._enforcer.zero_gradients()
 
     def report(self) -> SparsityReport:
         """Counts by mask and by weight, per tensor and in total."""
         return SparsityReport.of(
             self._model,
-            self._masks,
+            self.masks,
             optimizers=self._optimizers,
             min_keep_per_layer=self.settings.min_keep_per_layer,
         )
-
-    def state_dict(self) -> dict[str, Tensor | str | int | float]:
-        """Masks, position, schedule, criterion and settings; strings hold JSON."""
-        return _state.collect(
-            self._masks, self.step_count, self.schedule, self.criterion, self.settings
-        )
-
-    def load_state_dict(
-        self, state: dict[str, Tensor | str | int | float], strict: bool = True
-    ) -> None:
-        """Takes over masks and position; weights and optimizer are restored by their own means.
-
-        Args:
-            state: from ``state_dict``.
-            strict: schedule, criterion and settings must be this pruner's; otherwise those of this
-                pruner go on.
-
-        Raises:
-            ValueError: if the state is damaged or, when ``strict``, of another set-up; the pruner
-                is then unchanged.
-            MaskMatchError: if a mask has no parameter in the model.
-        """
-        where = f"{_WHERE}.load_state_dict"
-        try:
-            loaded = _state.restore(state)
-            if strict:
-                _state.require_same_setup(self.state_dict(), state)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{where}: state must fit this pruner: {error}") from None
-        self._adopt(loaded, where)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state to one safetensors file, atomically."""
-        atomic_write_bytes(path, _state.encode(self.state_dict()))
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        model: nn.Module,
-        *,
-        schedule: Schedule | None = None,
-        criterion: Criterion | None = None,
-    ) -> Pruner:
-        """A pruner that goes on where the saved one stopped; attach it to the optimizer.
-
-        Args:
-            path: a file from ``save``.
-            model: the model, with its weights restored.
-            schedule: needed only for a schedule of another class than this package's.
-            criterion: needed only for a criterion that is no registered dataclass.
-
-        Returns:
-            The pruner, not attached.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged or does not fit the model.
-            MaskMatchError: if a mask has no parameter in the model.
-        """
-        where = f"{_WHERE}.load"
-        content = Path(path).read_bytes()
-        try:
-            loaded = _state.restore(_state.decode(content))
-            schedule = schedule or schedule_from_state(loaded.schedule)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{where}: {path} must be an intact pruner file: {error}") from None
-        criterion = criterion or loaded.criterion
-        if criterion is None:
-            raise ValueError(f"{where}: criterion must be given for this file, got None")
-        arguments = loaded.settings.arguments()
-        pruner = cls(model, schedule, criterion, masks=loaded.masks, **arguments)
-        pruner.step_count = loaded.step_count
-        return pruner
-
-    def _adopt(self, loaded: _state.Loaded, where: str) -> None:
-        self._masks = _placed(self._model, loaded.masks, where)
-        self._raw_names.clear()
-        self._bits.clear()
-        self.step_count = loaded.step_count
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        """Looked up at use: a wrapper may have replaced the parameters since the last time."""
-        try:
-            if self._raw_names:
-                return {n: self._model.get_parameter(raw) for n, raw in self._raw_names.items()}
-        except AttributeError:
-            pass  # the model was wrapped or rebuilt under other names
-        named = NamedParameters.of(self._model)
-        found = self._masks.parameters_of(named, True, _WHERE)
-        self._raw_names = {name: named.raw[named.aliases.get(name, name)] for name in found}
-        return found
-
-    def _keep_bits(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """For ``clear_``, on the parameter's device; kept until the masks change."""
-        bits = self._bits.get(name)
-        if bits is None or bits.device != parameter.device:
-            bits = self._bits[name] = keep_bits(self._masks[name], parameter)
-        return bits
 
     def _masks_gradients_now(self) -> bool:
         return self.settings.mask_gradients and (self.settings.monotone or self.finished)
@@ -362,9 +256,9 @@ class Pruner:
         if optimizer is self._optimizers[0] and self._advance(None):
             return
         if self.settings.enforce == "always" or not self._masks_gradients_now():
-            self._zero_weights()
+            self._enforcer.zero_weights()
         elif self.step_count % _CHECK_EVERY == 0:
-            revived = self._masks.check(self._model)
+            revived = self.masks.check(self._model)
             if revived:
                 raise RuntimeError(
                     f"{_WHERE}: masked weights must stay zero with enforce='on_update', "
@@ -377,68 +271,60 @@ class Pruner:
         return due and self.schedule.is_update(self.step_count) and self._update(batch)
 
     def _update(self, batch: Any) -> bool:
-        """New masks from the present weights; nothing changes when scoring or selection fails."""
-        sparsity = self.schedule.sparsity(self.step_count)
-        if self.settings.monotone and not _asks_for_more(sparsity, self._masks):
+        """New masks from the present weights; nothing changes when choosing them fails."""
+        replicas = Replicas(self._model, self.masks, self._group, _WHERE)
+        try:
+            chosen = self._choose(batch, replicas)
+        except Exception:
+            replicas.settle(None)
+            raise
+        replicas.settle(chosen)
+        if chosen is self.masks:
             return False
-        pairs = _optim.masters(self._optimizers, self._parameters().values())
+        changed = chosen != self.masks
+        keep = self._keep_state(chosen)
+        self._enforcer.adopt(chosen, _WHERE)
+        for optimizer in self._optimizers:
+            self._enforcer.clear_state(optimizer, keep)
+        self._enforcer.zero_weights()
+        for averaged in self._averaged:
+            self.masks.apply_(averaged)
+        return changed
+
+    def _choose(self, batch: Any, replicas: Replicas) -> MaskSet:
+        """The masks of an update; the present ones themselves where nothing more is to go."""
+        sparsity = self.schedule.sparsity(self.step_count)
+        if self.settings.monotone and not asks_for_more(sparsity, self.masks.counts()):
+            return self.masks
+
+        def score() -> dict[str, Tensor]:
+            return self.criterion.scores(self._model, self.masks, batch)
+
+        pairs = _optim.masters(self._optimizers, self._enforcer.parameters().values())
         with master_copies(pairs):
-            scores = self.criterion.scores(self._model, self._masks, batch)
-        chosen = select(
+            scores = replicas.averaged(score) if self.criterion.needs_data else score()
+        return select(
             scores,
-            self._masks,
+            self.masks,
             sparsity,
             scope=self.settings.scope,
             monotone=self.settings.monotone,
             min_keep_per_layer=self.settings.min_keep_per_layer,
         )
-        changed = chosen != self._masks
-        self._masks = chosen
-        self._bits.clear()
-        for optimizer in self._optimizers:
-            self._clear_state(optimizer)
-        self._zero_weights()
-        for averaged in self._averaged:
-            self._masks.apply_(averaged)
-        return changed
 
-    def _zero_weights(self) -> None:
-        for name, parameter in self._parameters().items():
-            clear_(parameter, self._keep_bits(name, parameter))
+    def _keep_state(self, chosen: MaskSet) -> MaskSet:
+        """The weights whose optimizer state survives an update."""
+        return chosen
 
-    def _clear_state(self, optimizer: Optimizer) -> None:
-        off = {p: ~self._masks[name] for name, p in self._parameters().items()}
-        self._cleaner.clear(optimizer, off)
-
-
-def _starting_masks(
-    model: nn.Module,
-    masks: MaskSet | None,
-    include: Sequence[Rule] | None,
-    exclude: Sequence[Rule] | None,
-) -> MaskSet:
-    if masks is None:
-        return MaskSet.dense(model, include, exclude)
-    if not isinstance(masks, MaskSet):
-        raise TypeError(f"{_WHERE}: masks must be a MaskSet, got {type(masks).__name__}")
-    for name, rules in (("include", include), ("exclude", exclude)):
-        if rules is not None:
-            raise ValueError(f"{_WHERE}: {name} must be None when masks are given, got {rules!r}")
-    if not masks:
-        raise ValueError(f"{_WHERE}: masks must hold at least one mask, got none")
-    return _placed(model, masks, _WHERE)
-
-
-def _asks_for_more(sparsity: float, masks: MaskSet) -> bool:
-    """Whether a sparsity switches off more than is off already."""
-    counts = masks.counts().values()
-    total = sum(n for _, n in counts)
-    return round(sparsity * total) > total - sum(kept for kept, _ in counts)
-
-
-def _placed(model: nn.Module, masks: MaskSet, where: str) -> MaskSet:
-    """The masks on the devices of their parameters."""
-    found = masks.parameters_of(NamedParameters.of(model), True, where)
-    require_prunable(found, where)
-    placed = {name: masks[name].to(p.device) for name, p in found.items()}
-    return MaskSet(placed, aliases=masks.aliases, metadata=masks.metadata)
+    @classmethod
+    def _rebuilt(
+        cls, model: nn.Module, loaded: _state.Loaded, criterion: Criterion, group: Any
+    ) -> Self:
+        return cls(
+            model,
+            loaded.schedule,
+            criterion,
+            masks=loaded.masks,
+            process_group=group,
+            **loaded.settings.arguments(),
+        )

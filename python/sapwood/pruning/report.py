@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sapwood.pruning import _optim
+from sapwood.pruning._distributed import full, local, place, totals
 from sapwood.pruning._names import NamedParameters
 from sapwood.pruning.masks import MaskSet
 
@@ -83,7 +84,7 @@ class SparsityReport:
         optimizers: Sequence[Optimizer] = (),
         min_keep_per_layer: int = 1,
     ) -> SparsityReport:
-        """Counts everything.
+        """Counts everything; collective for a sharded model.
 
         Args:
             model: the model.
@@ -104,13 +105,11 @@ class SparsityReport:
         zeros, elements = _optim.state_zeros(optimizers, found.values())
         return cls(
             tensors=tuple(
-                _tensor(name, p.detach(), masks[name].to(p.device), min_keep_per_layer)
+                _tensor(name, p.detach(), place(masks[name], p), min_keep_per_layer)
                 for name, p in found.items()
             ),
             parameters=sum(p.numel() for p in named.parameters.values()),
-            parameter_zeros=sum(
-                p.numel() - int(p.detach().count_nonzero()) for p in named.parameters.values()
-            ),
+            parameter_zeros=_zeros([p.detach() for p in named.parameters.values()]),
             state_zeros=zeros,
             state_elements=elements,
             digest=masks.digest(),
@@ -204,21 +203,30 @@ class SparsityReport:
 
 
 def _tensor(name: str, weight: Tensor, mask: Tensor, minimum: int) -> TensorReport:
-    nonzero = weight != 0  # NaN counts as non-zero
-    kept = int(mask.count_nonzero())
-    outputs, inputs = _dead(mask)
+    here = local(mask)
+    nonzero = local(weight) != 0  # NaN counts as non-zero
+    counted = (here, nonzero, nonzero & ~here, ~nonzero & here)
+    ((kept, nonzeros, revived, idle),) = totals(
+        [[int(part.count_nonzero()) for part in counted]], [weight]
+    )
+    outputs, inputs = _dead(full(mask))
     return TensorReport(
         name=name,
         shape=tuple(weight.shape),
         numel=weight.numel(),
         kept=kept,
-        nonzero=int(nonzero.count_nonzero()),
-        revived=int((nonzero & ~mask).count_nonzero()),
-        idle=int((~nonzero & mask).count_nonzero()),
+        nonzero=nonzeros,
+        revived=revived,
+        idle=idle,
         dead_outputs=outputs,
         dead_inputs=inputs,
         at_minimum=kept <= min(minimum, weight.numel() - 1),
     )
+
+
+def _zeros(tensors: Sequence[Tensor]) -> int:
+    nonzero = totals([[int(local(tensor).count_nonzero())] for tensor in tensors], tensors)
+    return sum(t.numel() - count for t, (count,) in zip(tensors, nonzero, strict=True))
 
 
 def _dead(mask: Tensor) -> tuple[int, int]:
