@@ -24,23 +24,41 @@ def dense_like(scores: Scores) -> MaskSet:
     return MaskSet({name: torch.ones(s.shape, dtype=torch.bool) for name, s in scores.items()})
 
 
-def oracle(scores: Scores, masks: MaskSet, off: int, min_keep: int, monotone: bool) -> list[Tensor]:
-    """Sorts everything; elements that a tensor must keep are taken out of the order first."""
-    values, layer, inactive = [], [], []
+def oracle(
+    scores: Scores,
+    masks: MaskSet,
+    off: int,
+    min_keep: int,
+    monotone: bool,
+    *,
+    absolute: bool = False,
+    min_keep_per_unit: int = 0,
+) -> list[Tensor]:
+    """Sorts everything; elements that a row or a tensor must keep are taken out of the order."""
+    values, layer, unit, inactive = [], [], [], []
     for index, (name, score) in enumerate(scores.items()):
-        values.append(score.double().numpy().ravel() + 0.0)  # -0.0 becomes 0.0
+        value = score.double().numpy().ravel() + 0.0  # -0.0 becomes 0.0
+        values.append(np.abs(value) if absolute else value)
         layer.append(np.full(score.numel(), index))
+        unit.append(np.arange(score.numel()) // max(1, math.prod(score.shape[1:])))
         mask = masks[name].numpy().ravel()
         inactive.append(~mask if monotone else np.zeros_like(mask))
-    value, owner = np.concatenate(values), np.concatenate(layer)
+    value, owner, row = map(np.concatenate, (values, layer, unit))
     gone = np.concatenate(inactive)
     off = max(off, int(gone.sum()))
     order = np.lexsort((np.arange(len(value)), owner, value, ~gone))
     protected: set[int] = set()
-    for index in range(len(scores)):
+    for index, score in enumerate(scores.values()):
         mine = [i for i in order if owner[i] == index and not gone[i]]
-        protected |= set(mine[len(mine) - min(min_keep, len(mine)) :])
+        kept: list[int] = []
+        for r in range(score.shape[0]) if min_keep_per_unit else ():
+            kept += [i for i in mine if row[i] == r][-min_keep_per_unit:]
+        others = [i for i in mine if i not in kept]
+        missing = min(len(others), max(0, min_keep - len(kept)))
+        protected |= {*kept, *others[len(others) - missing :]}
     victims = [i for i in order if i not in protected][:off]
+    if len(victims) < off:
+        raise ValueError("unreachable")
     keep = np.ones(len(value), dtype=bool)
     keep[victims] = False
     sizes = [score.numel() for score in scores.values()]
@@ -72,37 +90,131 @@ CASES = [
 ]
 
 
+LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
+
+
+def laid_out(score: Tensor, layout: str) -> Tensor:
+    """A matrix in another memory layout; the same values but for ``expanded``."""
+    if layout == "transposed":
+        return score.t().contiguous().t()
+    if layout == "strided":
+        return torch.stack((score, -score), dim=-1)[..., 0]
+    if layout == "expanded":
+        return score[:1].expand(score.shape)
+    return score
+
+
 @pytest.mark.parametrize(("kind", "dtype", "sparsity", "seed"), CASES)
 def test_equals_a_sort(kind: str, dtype: torch.dtype, sparsity: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     shapes = [(int(rng.integers(1, 40)), int(rng.integers(0, 9))) for _ in range(3)] + [(1, 1)]
     scores = {
-        f"layer{i}": torch.from_numpy(special_scores(kind, rng, math.prod(shape)))
-        .reshape(shape)
-        .to(dtype)
+        f"layer{i}": laid_out(
+            torch.from_numpy(special_scores(kind, rng, math.prod(shape))).reshape(shape).to(dtype),
+            str(rng.choice(LAYOUTS)),
+        )
         for i, shape in enumerate(shapes)
     }
     total = sum(score.numel() for score in scores.values())
-    min_keep = int(rng.integers(0, 3)) if sparsity < 0.9 else 0
-    if round(sparsity * total) > total - sum(min(min_keep, s.numel()) for s in scores.values()):
-        min_keep = 0
-    monotone = bool(rng.integers(0, 2))
+    monotone, absolute = bool(rng.integers(0, 2)), bool(rng.integers(0, 2))
     masks = dense_like(scores)
     if monotone:
         present = {n: torch.from_numpy(rng.random(s.shape) > 0.3) for n, s in scores.items()}
         masks = MaskSet(present)
-    chosen = select(scores, masks, sparsity, min_keep_per_layer=min_keep, monotone=monotone)
-    expected = oracle(scores, masks, round(sparsity * total), min_keep, monotone)
+    min_keep, per_unit = int(rng.integers(0, 4)), int(rng.integers(0, 3))
+    try:
+        expected = oracle(
+            *(scores, masks, round(sparsity * total), min_keep, monotone),
+            absolute=absolute,
+            min_keep_per_unit=per_unit,
+        )
+    except ValueError:
+        min_keep = per_unit = 0
+        expected = oracle(*(scores, masks, round(sparsity * total), 0, monotone), absolute=absolute)
+    chosen = select(
+        *(scores, masks, sparsity),
+        monotone=monotone,
+        absolute=absolute,
+        min_keep_per_layer=min_keep,
+        min_keep_per_unit=per_unit,
+    )
     for name, mask in zip(scores, expected, strict=True):
         assert torch.equal(chosen[name], mask), name
 
 
-def test_chunks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = {"a": torch.randint(0, 3, (10, 17)).float(), "b": torch.randint(0, 3, (5, 31)).float()}
-    masks = dense_like(scores)
-    whole = [select(scores, masks, s / 8, min_keep_per_layer=0) for s in range(8)]
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("per_unit", [0, 2])
+def test_chunks_join_without_a_seam(
+    monkeypatch: pytest.MonkeyPatch, layout: str, per_unit: int
+) -> None:
+    scores = {
+        "a": laid_out(torch.randint(-3, 3, (10, 17)).float(), layout),
+        "b": laid_out(torch.randint(-3, 3, (5, 91)).float(), layout),
+    }
+    masks = MaskSet({name: torch.rand(s.shape) > 0.1 for name, s in scores.items()})
+
+    def all_steps() -> list[MaskSet]:
+        options = {"min_keep_per_layer": 0, "min_keep_per_unit": per_unit}
+        return [select(scores, masks, s / 8, **options) for s in range(8)]  # type: ignore[arg-type]
+
+    whole = all_steps()
     monkeypatch.setattr(_radix, "CHUNK", 33)
-    assert whole == [select(scores, masks, s / 8, min_keep_per_layer=0) for s in range(8)]
+    assert whole == all_steps()
+
+
+@pytest.mark.parametrize("ties", [1, 10, 2_000_000])
+def test_large_groups_of_ties_are_split_exactly(ties: int) -> None:
+    """Of equal scores the first ones go, over several chunks and tensors."""
+    sizes = (1_300_000, 7, 900_000)
+    equal = torch.ones(sum(sizes), dtype=torch.bool)
+    equal[torch.randperm(len(equal))[: len(equal) - ties]] = False
+    whole = torch.where(equal, 0.5, torch.where(torch.rand(len(equal)) < 0.5, 0.25, 0.75))
+    scores = {f"l{i}": part for i, part in enumerate(whole.split(sizes))}
+    off = int((whole == 0.25).sum()) + ties // 3
+    chosen = select(scores, dense_like(scores), off / len(whole), min_keep_per_layer=0)
+    expected = whole > 0.25
+    expected[equal.nonzero().flatten()[: ties // 3]] = False
+    assert torch.equal(torch.cat([chosen[name] for name in scores]), expected)
+
+
+def test_absolute_equals_the_absolute_scores_and_leaves_the_scores_alone() -> None:
+    scores = {"w": torch.randn(50, 30), "h": torch.randn(20, 7).bfloat16()}
+    before = {name: score.clone() for name, score in scores.items()}
+    masks = MaskSet({name: torch.rand(s.shape) > 0.2 for name, s in scores.items()})
+    chosen = select(scores, masks, 0.6, absolute=True)
+    assert chosen == select({n: s.abs() for n, s in scores.items()}, masks, 0.6)
+    assert all(torch.equal(scores[name], before[name]) for name in scores)
+
+
+def test_parameters_are_scores_too() -> None:
+    weight = torch.nn.Parameter(torch.tensor([[1.0, -3.0], [2.0, -0.5]]))
+    chosen = select({"w": weight}, dense_like({"w": weight}), 0.5, absolute=True)["w"]
+    assert chosen.tolist() == [[False, True], [True, False]]
+    assert not chosen.requires_grad
+
+
+def test_infinite_scores_are_ranked() -> None:
+    score = torch.tensor([math.inf, -math.inf, 3.4e38, -math.inf, math.inf, -3.4e38])
+    order = [1, 3, 5, 2, 0, 4]
+    for off in range(6):
+        chosen = select({"w": score}, dense_like({"w": score}), off / 6)["w"]
+        assert (~chosen).nonzero().flatten().tolist() == sorted(order[:off])
+
+
+def test_every_row_keeps_its_best() -> None:
+    scores = {"w": torch.tensor([[9.0, 8.0, 7.0], [1.0, 3.0, 2.0], [4.0, 4.0, 4.0]])}
+    chosen = select(scores, dense_like(scores), 6 / 9, min_keep_per_unit=1)["w"]
+    assert chosen.tolist() == [[True, False, False], [False, True, False], [False, False, True]]
+    with pytest.raises(ValueError, match=r"sparsity must be at most 0\.666666 with these minima"):
+        select(scores, dense_like(scores), 7 / 9, min_keep_per_unit=1)
+
+
+@pytest.mark.parametrize("scope", ["layer", "erk", LayerPlan({"a": 0.9, "b": 0.2})])
+def test_every_row_keeps_its_best_under_every_scope(scope: str | LayerPlan) -> None:
+    scores = {"a": torch.rand(30, 10) * torch.rand(30, 1) ** 8, "b": torch.rand(10, 40)}
+    chosen = select(scores, dense_like(scores), 0.6, scope=scope, min_keep_per_unit=2)
+    assert all(int(mask.sum(1).min()) >= 2 for mask in chosen.values())
+    assert sum(n - kept for kept, n in chosen.counts().values()) == round(0.6 * 700)
 
 
 def test_mixed_precisions_are_ranked_together() -> None:
@@ -190,6 +302,27 @@ def test_layer_plan_gives_proportions_and_an_exact_sum() -> None:
     assert counts == {"a.weight": (100, 100), "b.weight": (60, 300), "c.weight": (60, 100)}
     halfway = select(scores, dense_like(scores), 0.28, scope=plan).counts()
     assert halfway == {"a.weight": (100, 100), "b.weight": (180, 300), "c.weight": (80, 100)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_layer_plan_like_copies_the_counts(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shapes = [(int(rng.integers(1, 300)), int(rng.integers(0, 300))) for _ in range(12)]
+    densities = [*rng.random(10), 0.0, 1.0]
+    masks = MaskSet(
+        {
+            f"l{i}": torch.from_numpy(rng.random(shape) < density)
+            for i, (shape, density) in enumerate(zip(shapes, densities, strict=True))
+        }
+    )
+    scores = {name: torch.from_numpy(rng.random(m.shape)) for name, m in masks.items()}
+    control = select(
+        *(scores, dense_like(scores), masks.sparsity()),
+        scope=LayerPlan.like(masks),
+        min_keep_per_layer=0,
+    )
+    assert control.counts() == masks.counts()
+    assert control != masks
 
 
 def test_layer_plan_caps_at_one_and_reports_what_it_cannot_reach() -> None:
@@ -306,9 +439,10 @@ def test_nan_scores_are_named_and_counted() -> None:
         ({"w": torch.ones(4).long()}, {}, TypeError, "must be a floating tensor, got torch.int64"),
         ({"w": torch.rand(4)}, {"scope": "block"}, ValueError, "scope must be one of"),
         ({"w": torch.rand(4)}, {"min_keep_per_layer": -1}, ValueError, "must be at least 0"),
+        ({"w": torch.rand(4)}, {"min_keep_per_unit": 1.5}, ValueError, "per_unit must be at least"),
         ({"w": torch.rand(4)}, {"sparsity": "0.5"}, TypeError, "sparsity must be a number"),
     ],
-    ids=["names", "shape", "dtype", "scope", "min-keep", "sparsity-type"],
+    ids=["names", "shape", "dtype", "scope", "min-keep", "min-keep-per-unit", "sparsity-type"],
 )
 def test_bad_arguments(
     scores: Scores, kwargs: dict[str, object], error: type[Exception], text: str

@@ -76,7 +76,7 @@ def warn_of_skipped(names: Sequence[str], m: int, where: str) -> None:
         warnings.warn(
             f"{where}: the inputs of {', '.join(names)} do not divide by {m}, "
             f"on_misfit='skip' leaves these tensors as they are",
-            stacklevel=3,
+            stacklevel=4,  # the caller of select
         )
 
 
