@@ -39,4 +39,5 @@ def load_digits(*, test_share: float = 0.2, seed: int = 0) -> Dataset:
         test_inputs=x_test.float(),
         test_labels=y_test.long(),
         classes=10,
+        image_shape=(1, 8, 8),
     )

@@ -54,6 +54,7 @@ def load_mnist(folder: str | os.PathLike[str]) -> Dataset:
         test_inputs=_standardised(x_test),
         test_labels=y_test.long(),
         classes=10,
+        image_shape=(1, x_train.shape[1], x_train.shape[2]),
     )
 
 
