@@ -108,7 +108,9 @@ def test_jpeg_archive(as_folder: bool, packing: int, tmp_path: Path) -> None:
         images, expected = data.split(is_test)
         order = np.argsort(expected, kind="stable")  # the archive is sorted by class
         assert labels.tolist() == expected[order].tolist()
-        assert np.abs(pixels(inputs) - images[order]).max() < 3.5  # of 255, at quality 100
+        error = np.abs(pixels(inputs) - images[order])
+        assert error.max() < 6.0  # of 255; what the best quality of JPEG costs at sharp colours
+        assert error.mean() < 1.0
     assert found.source == "CIFAR-10, lossy JPEG copies, 20 + 10 images"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cifar10_jpeg.zip"]
 
