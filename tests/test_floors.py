@@ -40,6 +40,7 @@ FLOORS = {
     "_ops": GROUND,
     "triton_kernels": GROUND,
     "data": GROUND,
+    "models": GROUND,
     "reference": GROUND,
     "report": GROUND,
 }
