@@ -5,7 +5,8 @@ The pieces, from the outside in:
 - ``ProgressiveMagnitude`` trains and prunes in one run, ``prune`` cuts at once.
 - ``Pruner`` follows an optimizer of your own training loop.
 - ``Linear``, ``Cubic``, ``OneShot``, ``Constant``, ``Iterative`` say how much is off when.
-- ``Magnitude``, ``Random`` say what matters; ``register_criterion`` adds others.
+- ``Magnitude``, ``Random`` say what matters, and with data ``SNIP``, ``GraSP``, ``Taylor`` and
+  ``GradientMagnitude``; ``register_criterion`` adds others, ``class_balanced_batch`` draws data.
 - ``select`` decides, exactly; ``LayerPlan`` and ``erk_densities`` divide the budget.
 - ``MaskSet`` holds the result and its file; ``SparsityReport`` counts it twice.
 - ``from_torch_prune``, ``to_torch_prune``, ``from_torchao`` exchange masks with other tools.
@@ -21,7 +22,9 @@ of ``erk_densities`` those of Evci et al., arXiv:1911.11134.
 
 from sapwood.pruning._names import MaskMatchError
 from sapwood.pruning.allocation import LayerPlan, erk_densities
+from sapwood.pruning.class_balance import class_balanced_batch
 from sapwood.pruning.criteria import Criterion, Magnitude, Random, register_criterion
+from sapwood.pruning.gradient_criteria import SNIP, GradientMagnitude, GraSP, Taylor
 from sapwood.pruning.interop import from_torch_prune, from_torchao, to_torch_prune
 from sapwood.pruning.masks import MaskSet
 from sapwood.pruning.pruner import Pruner
@@ -33,9 +36,12 @@ from sapwood.pruning.train_config import TrainConfig
 from sapwood.pruning.training import Progress, PruningResult, accuracy
 
 __all__ = [
+    "SNIP",
     "Constant",
     "Criterion",
     "Cubic",
+    "GraSP",
+    "GradientMagnitude",
     "Iterative",
     "LayerPlan",
     "Linear",
@@ -50,9 +56,11 @@ __all__ = [
     "Random",
     "Schedule",
     "SparsityReport",
+    "Taylor",
     "TensorReport",
     "TrainConfig",
     "accuracy",
+    "class_balanced_batch",
     "erk_densities",
     "from_torch_prune",
     "from_torchao",

@@ -18,7 +18,9 @@ from sapwood.pruning.masks import MaskSet
 __all__ = ["Criterion", "Magnitude", "Random", "register_criterion"]
 
 _REGISTRY: dict[str, Callable[..., Criterion]] = {}
-_NARROW = (torch.float16, torch.bfloat16)
+
+#: What ``master_copies`` shows copies of at the moment, with the data that belongs there.
+_HIDDEN: dict[nn.Parameter, Tensor] = {}
 
 
 @runtime_checkable
@@ -127,7 +129,7 @@ class Magnitude:
     ) -> dict[str, Tensor]:
         """|w|^p of every masked parameter; ``batch`` and ``loss_fn`` are not used."""
         weights = require_matching(masks, NamedParameters.of(model), True, f"{_where(self)}.scores")
-        magnitudes = {name: _widened(weight).abs() for name, weight in weights.items()}
+        magnitudes = {name: widened(weight).abs() for name, weight in weights.items()}
         if self.p == 1.0:
             return magnitudes
         return {name: magnitude.pow(self.p) for name, magnitude in magnitudes.items()}
@@ -167,10 +169,10 @@ class Random:
         return {name: self._uniform(name, weight) for name, weight in weights.items()}
 
     def _uniform(self, name: str, weight: Tensor) -> Tensor:
-        named = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(named[:8], "little") >> 1)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return torch.rand(weight.shape, generator=generator, dtype=dtype).to(weight.device)
+        uniform = torch.rand(
+            weight.shape, generator=named_generator(self.seed, name), dtype=score_dtype(weight)
+        )
+        return uniform.to(weight.device)
 
 
 register_criterion("magnitude", Magnitude)
@@ -181,10 +183,20 @@ def _where(criterion: Criterion) -> str:
     return f"sapwood.pruning.{type(criterion).__name__}"
 
 
-def _widened(weight: Tensor) -> Tensor:
-    """Detached, in the precision of scores: float32, or float64 for a float64 parameter."""
-    detached = weight.detach()
-    return detached.float() if detached.dtype in _NARROW else detached
+def score_dtype(weight: Tensor) -> torch.dtype:
+    """The precision of scores: float32, or float64 for a float64 parameter."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def widened(weight: Tensor) -> Tensor:
+    """Detached, in the precision of scores."""
+    return weight.detach().to(score_dtype(weight))
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and a parameter's name alone."""
+    named = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(named[:8], "little") >> 1)
 
 
 @contextmanager
@@ -193,11 +205,27 @@ def master_copies(pairs: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
 
     Ranking rounded weights would tie what the optimizer still tells apart.
     """
-    narrow = [(parameter, parameter.data) for parameter, _ in pairs]
+    narrow = {parameter: parameter.data for parameter, _ in pairs}
     try:
         for parameter, master in pairs:
             parameter.data = master
+        _HIDDEN.update(narrow)
         yield
     finally:
-        for parameter, data in narrow:
+        for parameter, data in narrow.items():
+            _HIDDEN.pop(parameter, None)
             parameter.data = data
+
+
+@contextmanager
+def own_data() -> Iterator[None]:
+    """Undoes ``master_copies`` for code that runs the model, whose forward wants one dtype."""
+    hidden = dict(_HIDDEN)
+    masters = {parameter: parameter.data for parameter in hidden}
+    try:
+        for parameter, data in hidden.items():
+            parameter.data = data
+        yield
+    finally:
+        for parameter, master in masters.items():
+            parameter.data = master
