@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
-from sapwood.cli import build_app
+from sapwood.cli import build_app, experiment, tasks
 
 Invoke = Callable[..., Result]
 
@@ -40,3 +42,13 @@ def command_line() -> Invoke:
 def narrow_lines() -> Callable[[str], bool]:
     """Whether every line fits into 80 columns."""
     return lambda text: all(len(line) <= 80 for line in text.splitlines())
+
+
+@pytest.fixture(name="small_digits")
+def quick_training(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+    """Networks of 32 units, two epochs of 23 steps, and hardly any timing."""
+    torch.set_num_threads(1)
+    small = replace(tasks.PLANS["digits"], epochs=2)
+    monkeypatch.setitem(tasks.PLANS, "digits", small)
+    monkeypatch.setitem(tasks.WIDTHS, "mlp", (32, 32))
+    monkeypatch.setattr(experiment, "TIMING_SECONDS", 0.02)

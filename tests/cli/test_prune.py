@@ -6,14 +6,13 @@ import gzip
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sapwood.cli import experiment
+from sapwood.cli import experiment, tasks
 from sapwood.pruning import MaskSet
 from tests.cli.conftest import Invoke
 
@@ -21,10 +20,8 @@ Narrow = Callable[[str], bool]
 
 
 @pytest.fixture(autouse=True)
-def _small_digits(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
-    torch.set_num_threads(1)
-    small = replace(experiment.PLANS["digits"], hidden=(32, 32), epochs=2)
-    monkeypatch.setitem(experiment.PLANS, "digits", small)
+def _small_digits(small_digits: None) -> None:
+    """Every run here takes moments."""
 
 
 def write_idx(path: Path, values: torch.Tensor) -> None:
@@ -49,7 +46,9 @@ def small_mnist(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["progressive", "cubic", "one-shot"])
+@pytest.mark.parametrize(
+    "method", ["progressive", "cubic", "one-shot", "finetune", "lth", "snip", "grasp", "random"]
+)
 def test_files_agree_with_each_other(
     invoke: Invoke, narrow: Narrow, tmp_path: Path, method: str
 ) -> None:
@@ -70,6 +69,9 @@ def test_files_agree_with_each_other(
     assert report["masks_digest"] == masks.digest()
     assert report["sparsity"] == pytest.approx(0.8, abs=1 / prunable)
     assert report["accuracy"] == pytest.approx(1 - report["wrong"] / 360)
+    assert report["zeros"] == report["zeros_expected"] == round(0.8 * prunable)
+    assert report["masks_and_weights_agree"]
+    assert report["left_zero_after_last_update"] in (0, None if method == "one-shot" else 0)
     assert report["packed"]["max_difference"] < 1e-4
     assert [timing["batch"] for timing in report["packed"]["timings"]] == [1, 64, 256]
     assert f"({report['wrong']} wrong)" in result.stdout
@@ -87,13 +89,10 @@ def test_dense_writes_no_masks_and_packs_nothing(invoke: Invoke, tmp_path: Path)
     assert not (tmp_path / "out" / "masks.safetensors").exists()
 
 
-def test_one_shot_without_fine_tuning_only_cuts(invoke: Invoke, tmp_path: Path) -> None:
+def test_one_shot_only_cuts(invoke: Invoke, tmp_path: Path) -> None:
     arguments = ["--sparsity", "0.5", "--epochs", "1", "--json"]
     dense = invoke("prune", "--method", "dense", *arguments, "--out", tmp_path / "dense")
-    cut = invoke(
-        *["prune", "--method", "one-shot", "--finetune-epochs", "0", *arguments],
-        *["--out", tmp_path / "cut"],
-    )
+    cut = invoke("prune", "--method", "one-shot", *arguments, "--out", tmp_path / "cut")
     assert dense.exit_code == cut.exit_code == 0
     before = load_file(tmp_path / "dense" / "model.safetensors")
     after = load_file(tmp_path / "cut" / "model.safetensors")
@@ -119,7 +118,8 @@ def test_mnist_files_are_read(invoke: Invoke, tmp_path: Path, mnist: Path) -> No
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["task"] == "mnist"
-    assert report["layers"] == [784, 300, 100, 10]
+    assert report["arch"] == "lenet300"
+    assert report["parameters"] == 266_610
     assert report["accuracy"] > 0.9
 
 
@@ -148,16 +148,13 @@ def test_labels_of_other_images_are_refused(invoke: Invoke, tmp_path: Path, mnis
     assert "got (600, 28, 28) and (599,)" in " ".join(result.stderr.split())
 
 
-def test_interrupt_leaves_nothing(
+def test_interrupt_before_training_leaves_nothing(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sapwood.cli import console
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
 
-    def interrupted(self: console.Bars, done: int, total: int, note: str) -> None:
-        if done == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(console.Bars, "step", interrupted)
+    monkeypatch.setattr(tasks, "network", interrupted)
     result = invoke("prune", "--out", tmp_path / "out")
     assert result.exit_code == 130
     assert "interrupted; nothing was written" in result.stderr
@@ -174,11 +171,16 @@ def test_interrupt_while_saving_keeps_old_results(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "atomic_write_text", interrupted)  # the last of three files
-    result = invoke("prune", "--epochs", "1", "--out", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "atomic_write_text", interrupted)  # the last of three files
+        result = invoke("prune", "--epochs", "1", "--out", out)
     assert result.exit_code == 130
-    assert [file.name for file in out.iterdir()] == ["report.json"]
+    assert sorted(file.name for file in out.iterdir()) == ["checkpoint", "report.json"]
     assert (out / "report.json").read_text() == "old"
+    result = invoke("prune", "--epochs", "1", "--out", out, "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "report.json").read_text()) == json.loads(result.stdout)
+    assert not (out / "checkpoint").exists()
 
 
 def test_unwritable_folder_is_one_line(invoke: Invoke, tmp_path: Path) -> None:

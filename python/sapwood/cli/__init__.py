@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-COMMANDS = ("tour", "prune", "mask", "bench", "info")
+COMMANDS = ("tour", "prune", "compare", "mask", "bench", "info")
 
 
 def build_app() -> typer.Typer:

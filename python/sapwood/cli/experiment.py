@@ -1,8 +1,9 @@
-"""What ``sapwood prune`` does: read, train, pack, time, save, show."""
+"""What ``sapwood prune`` does: train, pack, time, save, show."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,44 +12,79 @@ from safetensors.torch import save as serialized
 
 from sapwood import data
 from sapwood._files import atomic_write_bytes, atomic_write_text, staged
-from sapwood.cli import console, environment, packing, training
+from sapwood.cli import checkpoints, console, environment, packing, tasks, training
+from sapwood.cli.checkpoints import Place, Setup
+from sapwood.cli.choices import METHODS
 from sapwood.cli.console import Bars
+from sapwood.cli.methods import Recipe, position
+from sapwood.cli.training import Observer
+from sapwood.pruning import Progress
 
 SCHEMA = "sapwood.prune/1"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The network of a task and what is usual for training it."""
-
-    hidden: tuple[int, ...]
-    epochs: int
-    lr: float
-    weight_decay: float
-    batch_size: int
-    every: int  # steps between cuts
-
-
-PLANS = {
-    "digits": Plan((1024, 1024), epochs=15, lr=0.2, weight_decay=1e-3, batch_size=64, every=10),
-    # LeNet-300-100
-    "mnist": Plan((300, 100), epochs=8, lr=0.1, weight_decay=1e-4, batch_size=128, every=50),
-}
+TIMING_SECONDS = 0.5  # per batch size
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asked for; None stands for what the task's plan says."""
+    """What the command line asked for; None stands for what the task's plan or the method says."""
 
     task: str
     method: str
-    sparsity: float
-    scope: str
-    t1: float
-    every: int | None
-    epochs: int | None
-    finetune_epochs: int
-    seed: int
+    sparsity: float = 0.9
+    scope: str | None = None
+    t1: float = 0.75
+    every: int | None = None
+    epochs: int | None = None
+    finetune_epochs: int = 2
+    seed: int = 0
+    arch: str | None = None
+    limit: int | None = None
+    threads: int = 1
+
+    @property
+    def network(self) -> str:
+        """The network's name."""
+        return self.arch or tasks.PLANS[self.task].arch
+
+    def recipe(self) -> Recipe:
+        """Everything filled in."""
+        plan = tasks.PLANS[self.task]
+        return Recipe(
+            method=self.method,
+            sparsity=0.0 if self.method == "dense" else self.sparsity,
+            epochs=self.epochs or plan.epochs,
+            lr=plan.lr,
+            weight_decay=plan.weight_decay,
+            batch_size=plan.batch_size,
+            seed=self.seed,
+            scope=self.scope or METHODS[self.method].scopes[0],
+            t1=self.t1,
+            every=self.every or plan.every,
+            finetune_epochs=self.finetune_epochs,
+            threads=self.threads,
+        )
+
+    def setup(self, dataset: data.Dataset) -> Setup:
+        """All that decides the outcome, under the options' names."""
+        recipe = self.recipe()
+        return {
+            "task": self.task,
+            "arch": self.network,
+            "method": recipe.method,
+            "sparsity": recipe.sparsity,
+            "scope": recipe.scope,
+            "t1": recipe.t1,
+            "every": recipe.every,
+            "epochs": recipe.epochs,
+            "finetune-epochs": recipe.finetune_epochs,
+            "seed": recipe.seed,
+            "threads": recipe.threads,
+            "limit": self.limit,
+            "lr": recipe.lr,
+            "weight-decay": recipe.weight_decay,
+            "batch-size": recipe.batch_size,
+            "data": tasks.fingerprint(dataset),
+        }
 
 
 @dataclass(frozen=True)
@@ -62,45 +98,60 @@ class Outcome:
     report: dict[str, Any]
 
 
-def read(task: str, folder: Path | None) -> data.Dataset:
-    """The data of a task; ``folder`` holds the files of those that do not come with a package."""
-    return data.load_digits() if folder is None else data.load_mnist(folder)
-
-
-def execute(request: Request, dataset: data.Dataset, bars: Bars) -> Outcome:
+def execute(
+    request: Request,
+    dataset: data.Dataset,
+    bars: Bars,
+    place: Place,
+    *,
+    resume: bool,
+    observers: Sequence[Observer] = (),
+) -> Outcome:
     """Trains and prunes; then packs the result and times it against itself, unpacked."""
-    plan = PLANS[request.task]
-    recipe = training.Recipe(
-        method=request.method,
-        sparsity=request.sparsity,
-        epochs=request.epochs or plan.epochs,
-        lr=plan.lr,
-        weight_decay=plan.weight_decay,
-        batch_size=plan.batch_size,
-        seed=request.seed,
-        scope=request.scope,
-        t1=request.t1,
-        every=request.every or plan.every,
-        finetune_epochs=request.finetune_epochs,
+    recipe = request.recipe()
+    model = tasks.network(request.network, dataset, request.seed)
+    bars.start(request.method)
+    [run] = training.train(
+        recipe,
+        dataset,
+        model,
+        observers=[shown(recipe, bars), *observers],
+        checkpoint=place.folder,
+        resume=resume,
     )
-    run = training.train(request.method, recipe, dataset, plan.hidden, bars)
     packed: packing.Packed | None = None
     timings: list[packing.Timing] = []
-    if request.sparsity:
+    if run.masks is not None:
         packed = packing.pack(run.model, dataset.test_inputs)
-        networks = {"dense": run.model, "packed": packed.model}
-        timings = packing.time_models(networks, dataset.test_inputs, bars, seconds=0.5)
+        if any(layer.report.packed for layer in packed.layers):
+            networks = {"dense": run.model, "packed": packed.model}
+            timings = packing.time_models(
+                networks, dataset.test_inputs, bars, seconds=TIMING_SECONDS
+            )
     report = {
         "schema": SCHEMA,
         "task": request.task,
         "data": dataset.source,
-        "layers": [dataset.features, *plan.hidden, dataset.classes],
+        "arch": request.network,
+        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
         "environment": environment.describe(),
         **training.as_data(run),
+        "setup": request.setup(dataset),
     }
     if packed is not None:
         report["packed"] = packing.as_data(packed, timings, "packed")
     return Outcome(run, len(dataset.test_labels), packed, timings, report)
+
+
+def shown(recipe: Recipe, bars: Bars) -> Observer:
+    """Moves the bar; its name is the stage of a method that has several."""
+
+    def show(now: Progress) -> None:
+        done, total = position(recipe, now)
+        name = recipe.method if done == now.step and total == now.total else now.stage
+        bars.step(done, total, f"loss {now.loss:6.3f}  sparsity {now.sparsity:6.1%}", name)
+
+    return show
 
 
 def save(out: Path, outcome: Outcome) -> list[str]:
@@ -110,7 +161,8 @@ def save(out: Path, outcome: Outcome) -> list[str]:
         atomic_write_bytes(stage / "model.safetensors", weights)
         if outcome.run.masks is not None:
             outcome.run.masks.save(stage / "masks.safetensors")
-        atomic_write_text(stage / "report.json", json.dumps(outcome.report, indent=2) + "\n")
+        content = json.dumps(outcome.report, indent=2) + "\n"
+        atomic_write_text(stage / checkpoints.REPORT, content)
         return sorted(file.name for file in stage.iterdir())
 
 
@@ -118,7 +170,7 @@ def show(outcome: Outcome) -> None:
     """Prints the accuracy, and layer by layer what packing brought."""
     out, run, packed = console.stdout(), outcome.run, outcome.packed
     out.print(
-        f"{run.name}: {run.accuracy:.2%} of {outcome.images} test images right "
+        f"{run.recipe.method}: {run.accuracy:.2%} of {outcome.images} test images right "
         f"({run.wrong} wrong), trained in {run.seconds:.0f} s"
     )
     if packed is None:

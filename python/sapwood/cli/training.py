@@ -3,54 +3,42 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sapwood import pruning
-from sapwood.cli.console import Bars
+from sapwood.cli import methods
+from sapwood.cli.methods import Recipe
 from sapwood.data import Dataset
+from sapwood.pruning import MaskSet, Progress, PruningResult
 
-FINETUNE_LR = 0.1  # of the learning rate before the cut
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides the outcome of a training run."""
-
-    method: str  # "progressive", "cubic", "one-shot" or "dense"
-    sparsity: float
-    epochs: int
-    lr: float
-    batch_size: int
-    seed: int
-    weight_decay: float = 1e-4
-    scope: str = "global"
-    t1: float = 0.75  # part of the steps after which the masks are fixed
-    every: int = 10  # steps between cuts
-    finetune_epochs: int = 2  # after a one-shot cut
+#: Sees every step; raises KeyboardInterrupt to stop the run there.
+Observer = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
 class Run:
     """One trained network and how it came about."""
 
-    name: str
     recipe: Recipe
-    model: nn.Module
-    masks: pruning.MaskSet | None  # None: dense
+    sparsity: float  # wanted
+    model: nn.Module  # where a method meets several sparsities, as the last one left it
+    masks: MaskSet | None  # None: dense
     report: pruning.SparsityReport | None
     history: list[dict[str, float]]  # one row per epoch
-    trace: list[tuple[int, float]]  # (step, sparsity after that step)
     accuracy: float  # on the test set
     wrong: int
+    steps: int
     seconds: float
+    left_zero: int | None  # masked weights that were not +0.0 later on; None: not known
 
     @property
     def zeros(self) -> float:
@@ -58,131 +46,183 @@ class Run:
         return 0.0 if self.masks is None else self.masks.sparsity()
 
 
-def perceptron(data: Dataset, hidden: tuple[int, ...], seed: int) -> nn.Sequential:
-    """A multilayer perceptron for a data set, its weights drawn with ``seed``."""
-    torch.manual_seed(seed)
-    sizes = (data.features, *hidden, data.classes)
-    layers: list[nn.Module] = []
-    for k, n in pairwise(sizes):
-        layers += [nn.Linear(k, n), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+class ZeroWatch:
+    """Counts masked weights that are not +0.0, bit for bit, after the masks have become final."""
+
+    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
+        self._recipe = recipe
+        self._weights = {n: model.get_parameter(n).detach() for n in MaskSet.dense(model)}
+        self._seen: dict[str, dict[str, Tensor]] = {}  # stage -> name -> all bits that were set
+
+    def __call__(self, now: Progress) -> None:
+        final = methods.masks_final_after(self._recipe, now.total)
+        if final is None or now.step <= final or now.stage.startswith("round 0 "):
+            return
+        stage = self._seen.setdefault(now.stage, {})
+        for name, weight in self._weights.items():
+            bits = weight.view(torch.int32)
+            if name in stage:
+                stage[name] |= bits
+            else:
+                stage[name] = bits.clone()
+
+    def count(self, result: PruningResult) -> int | None:
+        """The count of a stage, given its final masks; None when no step of it was seen."""
+        seen = self._seen.get(result.stage)
+        if seen is None or result.masks is None:
+            return None
+        masks = result.masks.items()
+        return sum(int(seen[name][~mask].count_nonzero()) for name, mask in masks)
 
 
-def train(name: str, recipe: Recipe, data: Dataset, hidden: tuple[int, ...], bars: Bars) -> Run:
-    """Trains one network by one method, on one thread: the outcome depends on the recipe alone.
+def train(
+    recipe: Recipe,
+    data: Dataset,
+    model: nn.Module,
+    *,
+    observers: Sequence[Observer] = (),
+    budgets: methods.Budgets | None = None,
+    trained: bool = False,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+) -> list[Run]:
+    """Trains one network by one method, on ``recipe.threads`` threads.
 
-    Equal recipes but for method and sparsity start from the same weights and see the same batches.
+    The outcome depends on the arguments alone. Recipes that differ in method and sparsity only see
+    the same batches.
 
     Args:
-        name: shown beside the progress bar.
         recipe: what decides the outcome.
         data: to learn and to test on.
-        hidden: widths of the hidden layers.
-        bars: where progress is shown.
+        model: changed in place and left in evaluation mode.
+        observers: called after every step, in order.
+        budgets: see ``methods.build``.
+        trained: see ``methods.build``.
+        checkpoint: a folder for what an interrupted run needs to go on.
+        resume: go on from that folder.
 
     Returns:
-        The network, in evaluation mode, with its masks and figures.
+        One run per wanted sparsity, the recipe's own last.
     """
-    trace = [(0, 0.0)]
-    bars.start(name)
+    watch = ZeroWatch(recipe, model)
 
-    def progress(now: pruning.Progress) -> None:
-        step = trace[-1][0] + 1  # counts on through a fine-tuning run
-        trace.append((step, now.sparsity))
-        total = step + now.total - now.step
-        bars.step(step, total, f"loss {now.loss:6.3f}  sparsity {now.sparsity:6.1%}")
+    def progress(now: Progress) -> None:
+        watch(now)
+        for observer in observers:
+            observer(now)
 
-    start = time.perf_counter()
-    model = perceptron(data, hidden, recipe.seed)
-    masks: pruning.MaskSet | None = None
-    report: pruning.SparsityReport | None = None
-    history: list[dict[str, float]] = []
+    options: dict[str, Any] = {"progress": progress, "checkpoint": checkpoint, "resume": resume}
     pairs = (data.train_inputs, data.train_labels), (data.test_inputs, data.test_labels)
-    with _one_thread():
-        for phase in _phases(recipe, progress):
-            result = phase.fit(model, *pairs)
-            masks, report = result.masks, result.report
-            done = {key: history[-1][key] if history else 0 for key in ("step", "epoch")}
-            history += [{**row, **{k: row[k] + done[k] for k in done}} for row in result.history]
-    if recipe.method == "one-shot" and not recipe.finetune_epochs:
-        masks = pruning.prune(model, recipe.sparsity, scope=recipe.scope)
-        report = pruning.SparsityReport.of(model, masks)
+    built = methods.build(recipe, budgets=budgets, trained=trained, **options)
+    with _threads(recipe.threads):
+        chains = methods.fit(built, model, *pairs)
     model.eval()
-    with torch.no_grad():
-        wrong = int((model(data.test_inputs).argmax(1) != data.test_labels).sum())
+    wanted = (*recipe.through, recipe.sparsity)
+    images = len(data.test_labels)
+    return [
+        as_run(recipe, sparsity, chain, images, watch.count(chain[-1]))
+        for sparsity, chain in zip(wanted, chains, strict=True)
+    ]
+
+
+def cut(recipe: Recipe, data: Dataset, model: nn.Module) -> Run:
+    """Cuts a trained network at once; nothing is trained."""
+    start = time.perf_counter()
+    masks = pruning.prune(model, recipe.sparsity, scope=recipe.scope)
+    with _threads(recipe.threads):
+        wrong = _wrong(model, data)
+    images = len(data.test_labels)
     return Run(
-        name=name,
         recipe=recipe,
+        sparsity=recipe.sparsity,
         model=model,
         masks=masks,
-        report=report,
-        history=history,
-        trace=trace,
-        accuracy=1 - wrong / len(data.test_labels),
+        report=pruning.SparsityReport.of(model, masks),
+        history=[],
+        accuracy=1 - wrong / images,
         wrong=wrong,
+        steps=0,
         seconds=time.perf_counter() - start,
+        left_zero=None,
     )
 
 
+def _wrong(model: nn.Module, data: Dataset) -> int:
+    """Test images whose largest output is another class."""
+    model.eval()
+    batches = zip(data.test_inputs.split(512), data.test_labels.split(512), strict=True)
+    with torch.no_grad():
+        return sum(int((model(x).argmax(1) != y).sum()) for x, y in batches)
+
+
+def as_run(
+    recipe: Recipe,
+    sparsity: float,
+    chain: Sequence[PruningResult],
+    images: int,
+    left_zero: int | None,
+) -> Run:
+    """The figures of a chain of stages; ``images`` are in the test set."""
+    last = chain[-1]
+    wrong = round((1 - last.metric) * images)
+    return Run(
+        recipe=recipe,
+        sparsity=sparsity,
+        model=last.model,
+        masks=last.masks,
+        report=last.report,
+        history=_joined(chain),
+        accuracy=1 - wrong / images,
+        wrong=wrong,
+        steps=sum(result.steps for result in chain),
+        seconds=sum(result.wall_s for result in chain),
+        left_zero=left_zero,
+    )
+
+
+def _joined(chain: Sequence[PruningResult]) -> list[dict[str, float]]:
+    """The rows of all stages, steps and epochs counted on."""
+    history: list[dict[str, float]] = []
+    for result in chain:
+        done = {key: history[-1][key] if history else 0 for key in ("step", "epoch")}
+        history += [{**row, **{k: row[k] + done[k] for k in done}} for row in result.history]
+    return history
+
+
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """More threads would add up gradients in another order, and gain little on small networks."""
+def _threads(count: int) -> Iterator[None]:
+    """Another number of threads would add up gradients in another order."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _phases(
-    recipe: Recipe, progress: Callable[[pruning.Progress], None]
-) -> list[pruning.ProgressiveMagnitude]:
-    """The training runs of a method, one after the other."""
-    config = pruning.TrainConfig(
-        epochs=recipe.epochs,
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        device="cpu",
-    )
-    if recipe.method in ("dense", "one-shot"):
-        phases = [pruning.ProgressiveMagnitude(None, config, progress=progress)]
-        if recipe.method == "one-shot" and recipe.finetune_epochs:
-            gentle = replace(config, epochs=recipe.finetune_epochs, lr=FINETUNE_LR * recipe.lr)
-            phases.append(
-                pruning.ProgressiveMagnitude(
-                    recipe.sparsity,
-                    gentle,
-                    schedule=pruning.OneShot(recipe.sparsity),
-                    scope=recipe.scope,
-                    progress=progress,
-                )
-            )
-        return phases
-    return [
-        pruning.ProgressiveMagnitude(
-            recipe.sparsity,
-            config,
-            schedule="cubic" if recipe.method == "cubic" else "linear",
-            scope=recipe.scope,
-            t1=recipe.t1,
-            every=recipe.every,
-            progress=progress,
-        )
-    ]
+def _number(value: float) -> float | None:
+    """JSON has no NaN: a stage without training has no loss."""
+    return None if math.isnan(value) else value
 
 
 def as_data(run: Run) -> dict[str, Any]:
     """The figures of a run as plain data for a JSON report."""
-    return {
+    data: dict[str, Any] = {
         "accuracy": run.accuracy,
         "wrong": run.wrong,
         "sparsity": run.zeros,
+        "steps": run.steps,
         "seconds": run.seconds,
         "recipe": asdict(run.recipe),
-        "history": run.history,
+        "history": [{k: _number(v) for k, v in row.items()} for row in run.history],
         "masks_digest": None if run.masks is None else run.masks.digest(),
         "sparsity_report": None if run.report is None else json.loads(run.report.to_json()),
     }
+    if run.report is not None:
+        data |= {
+            "zeros": run.report.prunable - sum(t.kept for t in run.report.tensors),
+            "zeros_expected": methods.expected_zeros(run.sparsity, run.report.prunable),
+            "masks_and_weights_agree": run.report.consistent,
+            "left_zero_after_last_update": run.left_zero,
+        }
+    return data

@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 
 from sapwood import data
-from sapwood.cli import packing, training
+from sapwood.cli import packing, tasks, training
 from sapwood.cli.chapters import ChapterResult, Context, _figures
+from sapwood.cli.methods import Recipe
 from sapwood.cli.packing import Packed, Timing
-from sapwood.cli.training import Recipe, Run
+from sapwood.cli.training import Run
+from sapwood.pruning import Progress
 from sapwood.report.page import Chapter, Figure, Section, Stat, Table
 
 TITLE = "Prune, pack, run"
@@ -24,6 +26,7 @@ class Measured:
 
     digits: data.Dataset
     runs: dict[str, Run]  # "dense", "90 %", "95 %"
+    traces: dict[str, list[tuple[int, float]]]  # (step, sparsity after that step)
     packed: dict[str, Packed]  # without "dense"
     timings: list[Timing]
 
@@ -70,10 +73,10 @@ def _measure(context: Context) -> Measured:
         scope="erk",
     )
     recipes = [dense, *(replace(dense, method="progressive", sparsity=s) for s in SPARSITIES)]
-    runs = {}
+    runs, traces = {}, {}
     for recipe in recipes:
         label = f"{100 * recipe.sparsity:.0f} %" if recipe.sparsity else "dense"
-        runs[label] = training.train(_name(label), recipe, digits, (width, width), context.bars)
+        runs[label], traces[label] = _train(label, recipe, digits, width, context)
     packed = {
         label: packing.pack(run.model, digits.test_inputs)
         for label, run in runs.items()
@@ -82,7 +85,24 @@ def _measure(context: Context) -> Measured:
     networks = {"dense": runs["dense"].model, **{label: p.model for label, p in packed.items()}}
     seconds = 0.5 if context.quick else 2.0
     timings = packing.time_models(networks, digits.test_inputs, context.bars, seconds=seconds)
-    return Measured(digits, runs, packed, timings)
+    return Measured(digits, runs, traces, packed, timings)
+
+
+def _train(
+    label: str, recipe: Recipe, digits: data.Dataset, width: int, context: Context
+) -> tuple[Run, list[tuple[int, float]]]:
+    """A trained network, and how its sparsity rose."""
+    trace = [(0, 0.0)]
+    context.bars.start(_name(label))
+
+    def observe(now: Progress) -> None:
+        trace.append((now.step, now.sparsity))
+        note = f"loss {now.loss:6.3f}  sparsity {now.sparsity:6.1%}"
+        context.bars.step(now.step, now.total, note)
+
+    model = tasks.perceptron((width, width), digits, recipe.seed)
+    [run] = training.train(recipe, digits, model, observers=[observe])
+    return run, trace
 
 
 def _headline(m: Measured) -> str:
@@ -145,8 +165,8 @@ def _prune_section(m: Measured) -> Section:
     curves = [
         _figures.Curve(
             _name(label),
-            [step for step, _ in run.trace],
-            [sparsity for _, sparsity in run.trace],
+            [step for step, _ in m.traces[label]],
+            [sparsity for _, sparsity in m.traces[label]],
             [int(row["epoch"]) for row in run.history],
             [row["metric"] for row in run.history],
         )
