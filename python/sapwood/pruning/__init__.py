@@ -3,7 +3,9 @@
 The pieces, from the outside in:
 
 - ``ProgressiveMagnitude`` trains and prunes in one run, ``prune`` cuts at once.
-- ``Pruner`` follows an optimizer of your own training loop.
+- ``TrainPruneFinetune``, ``LotteryTicket``, ``PruneAtInit`` and ``DynamicSparseTraining`` are the
+  other ways, under the same training loop.
+- ``Pruner`` follows an optimizer of your own training loop; ``RigL`` is one whose masks move.
 - ``Linear``, ``Cubic``, ``OneShot``, ``Constant``, ``Iterative`` say how much is off when.
 - ``Magnitude``, ``Random`` say what matters, and with data ``SNIP``, ``GraSP``, ``Taylor`` and
   ``GradientMagnitude``; ``register_criterion`` adds others, ``class_balanced_batch`` draws data.
@@ -22,14 +24,19 @@ of ``erk_densities`` those of Evci et al., arXiv:1911.11134.
 
 from sapwood.pruning._names import MaskMatchError
 from sapwood.pruning.allocation import LayerPlan, erk_densities
+from sapwood.pruning.baselines import DynamicSparseTraining, PruneAtInit
 from sapwood.pruning.class_balance import class_balanced_batch
 from sapwood.pruning.criteria import Criterion, Magnitude, Random, register_criterion
 from sapwood.pruning.gradient_criteria import SNIP, GradientMagnitude, GraSP, Taylor
 from sapwood.pruning.interop import from_torch_prune, from_torchao, to_torch_prune
+from sapwood.pruning.lottery import LotteryTicket
 from sapwood.pruning.masks import MaskSet
+from sapwood.pruning.prune_finetune import PruneFinetuneConfig, TrainPruneFinetune
 from sapwood.pruning.pruner import Pruner
+from sapwood.pruning.recipe import Recipe
 from sapwood.pruning.recipes import ProgressiveMagnitude, prune
 from sapwood.pruning.report import SparsityReport, TensorReport
+from sapwood.pruning.rigl import RigL
 from sapwood.pruning.schedules import Constant, Cubic, Iterative, Linear, OneShot, Schedule
 from sapwood.pruning.select import select
 from sapwood.pruning.train_config import TrainConfig
@@ -40,25 +47,32 @@ __all__ = [
     "Constant",
     "Criterion",
     "Cubic",
+    "DynamicSparseTraining",
     "GraSP",
     "GradientMagnitude",
     "Iterative",
     "LayerPlan",
     "Linear",
+    "LotteryTicket",
     "Magnitude",
     "MaskMatchError",
     "MaskSet",
     "OneShot",
     "Progress",
     "ProgressiveMagnitude",
+    "PruneAtInit",
+    "PruneFinetuneConfig",
     "Pruner",
     "PruningResult",
     "Random",
+    "Recipe",
+    "RigL",
     "Schedule",
     "SparsityReport",
     "Taylor",
     "TensorReport",
     "TrainConfig",
+    "TrainPruneFinetune",
     "accuracy",
     "class_balanced_batch",
     "erk_densities",

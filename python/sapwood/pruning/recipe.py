@@ -42,6 +42,20 @@ class Recipe:
     the CPU the final weights are the same bits as without the interruption. A ``progress`` callback
     may stop a run by raising, for instance ``KeyboardInterrupt``: the checkpoint is written first.
 
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from sapwood.pruning import ProgressiveMagnitude, TrainConfig
+        >>> x = torch.randn(64, 8)
+        >>> data = (x, (x[:, 0] > 0).long())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     recipe = ProgressiveMagnitude(
+        ...         0.5, TrainConfig(epochs=2, batch_size=16), checkpoint=folder, resume=True
+        ...     )
+        ...     result = recipe.fit(torch.nn.Linear(8, 2), data, data)
+        >>> result.steps
+        8
+
     Args:
         train: how to train; default ``TrainConfig()``.
         options: keyword arguments, all optional:
