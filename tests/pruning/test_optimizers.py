@@ -19,7 +19,7 @@ from sapwood.pruning import (
 )
 from sapwood.pruning._bits import clear_, keep_bits
 
-from .toy import LAST, OPTIMIZERS, T1, assert_masked, loss_of, network, train_step
+from .toy import LAST, OPTIMIZERS, T1, Restless, assert_masked, loss_of, network, train_step
 
 
 @pytest.mark.parametrize("schedule", [Linear(0.8, t1=T1, every=2), Cubic(0.8, t1=T1, every=2)])
@@ -168,6 +168,17 @@ def test_steps_that_a_scaler_skips_do_not_count(kind: str) -> None:
         assert pruner.step_count == step // 2 + 1
         assert_masked(pruner, model, optimizer)
     assert pruner.finished
+
+
+def test_a_step_within_a_step_counts_once() -> None:
+    model = network()
+    OPTIMIZERS["sgd"](list(model.parameters()))  # lets torch call the hooks for the base class too
+    optimizer = Restless(model.parameters(), lr=0.1)
+    pruner = Pruner(model, Linear(0.8, t1=T1, every=2)).attach(optimizer)
+    for step in range(1, LAST + 1):
+        train_step(model, optimizer, step)
+        assert pruner.step_count == step
+        assert_masked(pruner, model)
 
 
 def test_gradient_accumulation_counts_optimizer_steps() -> None:

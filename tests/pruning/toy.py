@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,24 @@ OPTIMIZERS: dict[str, Make] = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, foreach=False),
     "rmsprop-foreach": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, foreach=True),
 }
+
+
+class Restless(torch.optim.SGD):
+    """Moves every weight, whatever its gradient, before (and after) the step of its base class."""
+
+    late = True
+
+    def step(self, closure: Any = None) -> Any:
+        self._move()
+        loss = super().step(closure)
+        if self.late:
+            self._move()
+        return loss
+
+    def _move(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data += 0.5
 
 
 def network(seed: int = 0) -> nn.Sequential:

@@ -127,6 +127,7 @@ class Pruner(Persistent):
         self._averaged: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
+        self._stepping: set[Optimizer] = set()
 
     @property
     def finished(self) -> bool:
@@ -245,15 +246,19 @@ class Pruner(Persistent):
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._stepping.add(optimizer)
         self.mask_gradients()
         return _optim.with_masked_closure(args, kwargs, self.mask_gradients)
 
     def _after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        # the hooks of an optimizer that calls its base class's step fire for both of them
+        first = optimizer in self._stepping
+        self._stepping.discard(optimizer)
         if _optim.was_skipped(optimizer):
             return
-        if optimizer is self._optimizers[0] and self._advance(None):
+        if first and optimizer is self._optimizers[0] and self._advance(None):
             return
         if self.settings.enforce == "always" or not self._masks_gradients_now():
             self._enforcer.zero_weights()

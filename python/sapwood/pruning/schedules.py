@@ -315,7 +315,14 @@ class Iterative(Schedule):
         return self.rounds
 
 
-_KINDS = {cls.kind: cls for cls in (OneShot, Constant, Linear, Cubic, Iterative)}
+_KINDS: dict[str, type[Schedule]] = {
+    cls.kind: cls for cls in (OneShot, Constant, Linear, Cubic, Iterative)
+}
+
+
+def register_schedule(cls: type[Schedule]) -> None:
+    """Lets ``schedule_from_state`` rebuild a schedule of another module of this package."""
+    _KINDS[cls.kind] = cls
 
 
 def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
