@@ -14,6 +14,7 @@ from sapwood.pruning.masks import MaskSet
 from sapwood.pruning.pruner import Pruner
 from sapwood.pruning.recipe import Recipe, RecipeOptions
 from sapwood.pruning.recipes import prune
+from sapwood.pruning.rigl import RigL
 from sapwood.pruning.train_config import TrainConfig
 from sapwood.pruning.training import PruningResult
 
@@ -183,8 +184,6 @@ class DynamicSparseTraining(Recipe):
         return self._finish(self._open(model, train, val).run("train", self._pruner))
 
     def _pruner(self, model: nn.Module, total_steps: int, epoch_steps: int) -> Pruner:
-        from sapwood.pruning.rigl import RigL
-
         return RigL(
             model,
             self.sparsity,
