@@ -177,6 +177,30 @@ class NeverAsked(Magnitude):
         raise AssertionError("nothing was to be selected")
 
 
+class Asked(Magnitude):
+    def scores(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        asked.append(self)
+        return super().scores(*args, **kwargs)
+
+
+asked: list[Asked] = []
+
+
+def test_magnitudes_are_ranked_without_a_copy_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = []
+    for criterion in (Asked(), Magnitude()):
+        if type(criterion) is Magnitude:
+            monkeypatch.setattr(Magnitude, "scores", NeverAsked.scores)
+        model = network()
+        optimizer = OPTIMIZERS["sgd"](list(model.parameters()))
+        pruner = Pruner(model, Cubic(0.8, t1=T1, every=2), criterion).attach(optimizer)
+        for step in range(T1):
+            train_step(model, optimizer, step)
+        masks.append(pruner.masks)
+    assert masks[0] == masks[1]
+    assert len(asked) == 1 + T1 // 2
+
+
 def ticket() -> MaskSet:
     """158 of 176 weights off: what 90 % rounds to."""
     return prune(network(seed=5), 0.9, "random", inplace=False)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from sapwood.pruning._distributed import place
 from sapwood.pruning._names import NamedParameters, require_matching
 from sapwood.pruning.masks import MaskSet
 
@@ -147,7 +148,7 @@ class Random:
 
     Args:
         seed: the seed. The scores do not change from update to update, so schedules give nested
-            masks; they are the same on every device.
+            masks; they are the same on every device, and however the parameters are sharded.
     """
 
     seed: int = 0
@@ -172,7 +173,7 @@ class Random:
         uniform = torch.rand(
             weight.shape, generator=named_generator(self.seed, name), dtype=score_dtype(weight)
         )
-        return uniform.to(weight.device)
+        return place(uniform, weight)
 
 
 register_criterion("magnitude", Magnitude)
@@ -181,6 +182,12 @@ register_criterion("random", Random)
 
 def _where(criterion: Criterion) -> str:
     return f"sapwood.pruning.{type(criterion).__name__}"
+
+
+def ranks_absolute_weights(criterion: Criterion) -> bool:
+    """Whether the order is that of |w|: ``select(weights, absolute=True)`` then needs no scores."""
+    own = type(criterion).scores is Magnitude.scores  # a subclass may have put others in place
+    return own and isinstance(criterion, Magnitude) and criterion.p == 1.0
 
 
 def score_dtype(weight: Tensor) -> torch.dtype:

@@ -17,7 +17,12 @@ from sapwood.pruning._names import Rule
 from sapwood.pruning._persistence import Persistent
 from sapwood.pruning._replicas import Replicas
 from sapwood.pruning.allocation import LayerPlan
-from sapwood.pruning.criteria import Criterion, master_copies, resolve_criterion
+from sapwood.pruning.criteria import (
+    Criterion,
+    master_copies,
+    ranks_absolute_weights,
+    resolve_criterion,
+)
 from sapwood.pruning.masks import MaskSet
 from sapwood.pruning.report import SparsityReport
 from sapwood.pruning.schedules import Schedule
@@ -305,15 +310,22 @@ class Pruner(Persistent):
         def score() -> dict[str, Tensor]:
             return self.criterion.scores(self._model, self.masks, batch)
 
-        pairs = _optim.masters(self._optimizers, self._enforcer.parameters().values())
-        with master_copies(pairs):
-            scores = replicas.averaged(score) if self.criterion.needs_data else score()
+        parameters = self._enforcer.parameters()
+        pairs = _optim.masters(self._optimizers, parameters.values())
+        absolute = ranks_absolute_weights(self.criterion)
+        if absolute:  # the weights themselves, without a copy
+            masters = dict(pairs)
+            scores = {name: masters.get(p, p).detach() for name, p in parameters.items()}
+        else:
+            with master_copies(pairs):
+                scores = replicas.averaged(score) if self.criterion.needs_data else score()
         return select(
             scores,
             self.masks,
             sparsity,
             scope=self.settings.scope,
             monotone=self.settings.monotone,
+            absolute=absolute,
             min_keep_per_layer=self.settings.min_keep_per_layer,
         )
 
