@@ -201,6 +201,29 @@ class SparsityReport:
             )
         return text.getvalue()
 
+    def to_svg(self) -> str:
+        """What every tensor keeps as bars, by mask and by weight: the text of an SVG file.
+
+        Raises:
+            ModuleNotFoundError: when matplotlib is not installed.
+        """
+        from sapwood.report import charts, plots
+
+        rows = [
+            charts.ShareRow(
+                tensor.name,
+                (1.0 - tensor.sparsity_by_mask, 1.0 - tensor.sparsity_by_weight),
+                f"{tensor.kept:,} of {tensor.numel:,}",
+            )
+            for tensor in self.tensors
+        ]
+        kept = sum(tensor.kept for tensor in self.tensors)
+        title = f"Weights kept: {kept:,} of {self.prunable:,}, {1.0 - self.sparsity_by_mask:.2%}"
+        title = title if self.consistent else f"MISMATCH. {title}"
+        with plots.style():
+            figure = charts.share_bars(rows, ("by mask", "by weight"), title)
+            return plots.standalone(figure, self.headline())
+
 
 def _tensor(name: str, weight: Tensor, mask: Tensor, minimum: int) -> TensorReport:
     here = local(mask)

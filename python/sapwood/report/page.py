@@ -20,11 +20,15 @@ class Stat:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under column heads; the first column names the row."""
+    """Rows of text under column heads; the first column names the row.
+
+    Figures stand at the right of their cells, prose at the left. A line feed breaks the line.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    prose: bool = False
 
 
 @dataclass(frozen=True)

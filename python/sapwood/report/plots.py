@@ -1,7 +1,8 @@
-"""Matplotlib figures as inline SVG in the colours of the page around them.
+"""Matplotlib figures as SVG: inline in the colours of the page around them, or as files.
 
-A figure is drawn in placeholder colours, one per role (``INK``, ``SERIES`` ...); ``svg`` replaces
-them by the page's CSS variables, so that one drawing serves the light and the dark page.
+A figure is drawn in placeholder colours, one per role (``INK``, ``SERIES`` ...). ``svg`` replaces
+them by the page's CSS variables, so that one drawing serves the light and the dark page;
+``standalone`` by the colours of the light page, for a file that stands for itself.
 No pyplot, hence no global figure and no display.
 """
 
@@ -22,7 +23,7 @@ INK = "#010101"
 MUTED = "#020202"
 LINE = "#030303"
 CARD = "#040404"
-SERIES = ("#050505", "#060606", "#070707", "#080808")
+SERIES = tuple(f"#{digit:02x}{digit:02x}{digit:02x}" for digit in range(5, 13))
 
 _VARIABLES = {
     INK: "--ink",
@@ -31,6 +32,22 @@ _VARIABLES = {
     CARD: "--card",
     **{colour: f"--series-{index}" for index, colour in enumerate(SERIES)},
 }
+#: The variables' values on the light page; ``page.css`` has the same.
+LIGHT = {
+    "--ink": "#22261f",
+    "--muted": "#656b60",
+    "--line": "#dedbd0",
+    "--card": "#ffffff",
+    "--series-0": "#7d8479",
+    "--series-1": "#2f7d5b",
+    "--series-2": "#b8651b",
+    "--series-3": "#5a5fb0",
+    "--series-4": "#b0395a",
+    "--series-5": "#1b7f95",
+    "--series-6": "#8f7310",
+    "--series-7": "#8a4fa3",
+}
+_FONT = "system-ui, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
 _STYLE: Any = {  # matplotlib types the keys as one literal union per release
     "svg.fonttype": "none",  # text stays text: selectable, and in the page's own font
     "svg.hashsalt": "sapwood",
@@ -74,7 +91,13 @@ def style() -> AbstractContextManager[None]:
     Raises:
         ModuleNotFoundError: when matplotlib is not installed.
     """
-    import matplotlib
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "sapwood.report.plots: matplotlib must be installed, got none: "
+            "pip install 'sapwood[tour]'"
+        ) from None
 
     context: AbstractContextManager[None] = matplotlib.rc_context(_STYLE)
     return context
@@ -130,12 +153,8 @@ def svg(figure: Figure, description: str) -> str:
     Returns:
         The ``<svg>`` element: no fixed size, no declaration, no external reference.
     """
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+    text = _drawn(figure, transparent=True)
+    text = re.sub(r"<style\b.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", text)
     text = text.replace("xlink:href", "href")
     text = re.sub(r'(<svg[^>]*?)\s+width="[^"]*"', r"\1", text, count=1)
@@ -145,6 +164,44 @@ def svg(figure: Figure, description: str) -> str:
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     text = _unique_names(text)
+    return _described(text, description)
+
+
+def standalone(figure: Figure, description: str) -> str:
+    """Turns a figure into the text of an SVG file; call it inside ``style()``.
+
+    >>> with style():
+    ...     figure, _ = panels(1)
+    ...     "var(" in standalone(figure, "an empty plot")
+    False
+
+    Args:
+        figure: a figure made by ``panels``.
+        description: what the figure shows, for those who cannot see it.
+
+    Returns:
+        The document, with fixed colours on white and without any reference to outside.
+    """
+    text = _drawn(figure, facecolor=CARD)
+    text = re.sub(r"font-family: [^;\"]*", f"font-family: {_FONT}", text)
+    text = re.sub(r"font: ((?:(?:\d+|bold) )?[\d.]+px) [^;\"]*", rf"font: \1 {_FONT}", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, LIGHT[variable])
+    head = '<?xml version="1.0" encoding="UTF-8"?>\n'
+    return head + _described(text, description) + "\n"
+
+
+def _drawn(figure: Figure, **options: Any) -> str:
+    """The ``<svg>`` element as matplotlib writes it, without metadata."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=nothing, **options)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    return re.sub(r"<metadata\b.*?</metadata>", "", text, flags=re.DOTALL)
+
+
+def _described(text: str, description: str) -> str:
     label = html.escape(description, quote=True)
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
 
