@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from sapwood.data import Dataset, MissingDataError, load_cifar10, load_digits
 from tests.data import cifar10_files as files
@@ -19,10 +20,10 @@ MEAN = np.array([0.4914, 0.4822, 0.4465]).reshape(3, 1, 1)
 DEVIATION = np.array([0.2470, 0.2435, 0.2616]).reshape(3, 1, 1)
 
 
-def pixels(inputs: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg]
+def pixels(inputs: torch.Tensor) -> NDArray[np.float64]:
     """Standardised inputs (n, 3072) back to pixels (n, 3, 32, 32)."""
     images = inputs.double().numpy().reshape(-1, 3, 32, 32)
-    return (images * DEVIATION + MEAN) * 255.0
+    return np.asarray(images * DEVIATION + MEAN) * 255.0
 
 
 def assert_holds(found: Dataset, data: files.Tiny) -> None:
@@ -84,7 +85,7 @@ def test_old_numpy_names(tmp_path: Path) -> None:
     """NumPy 1 called its modules numpy.core, NumPy 2 calls them numpy._core."""
     data = files.tiny()
 
-    def encode(values: np.ndarray, labels: list[int]) -> bytes:  # type: ignore[type-arg]
+    def encode(values: NDArray[np.uint8], labels: list[int]) -> bytes:
         content = files.python3_batch(2)(values, labels)
         return content.replace(b"numpy._core", b"numpy.core")
 
@@ -199,7 +200,8 @@ def test_images_are_views() -> None:
     assert digits.image_shape == (1, 8, 8)
     assert digits.train_images.shape == (len(digits.train_labels), 1, 8, 8)
     assert digits.test_images.data_ptr() == digits.test_inputs.data_ptr()
-    flat = Dataset("rows", "", *[torch.zeros(2, 3), torch.zeros(2).long()] * 2, classes=2)
+    rows, labels = torch.zeros(2, 3), torch.zeros(2).long()
+    flat = Dataset("rows", "", rows, labels, rows, labels, classes=2)
     with pytest.raises(ValueError, match="image_shape must be three sizes for images, got None"):
         _ = flat.train_images
 

@@ -138,8 +138,11 @@ def pickled(**changes: Any) -> bytes:
         (b"\x80\x02h\x05.", "slot 5 of the memory is empty"),
         (b"\x80\x02}N)R.", "a call needs a function and its arguments"),
         (b"\x80\x02cnumpy\ndtype\nU\x02f8\x85R.", "must have the arguments of an array of bytes"),
-        (b"\x80\x02c_codecs\nencode\nU\x01aU\x05rot13\x86R.", "call of a encode must have"),
-        (b"\x80\x02}Nb.", "needs a Array on the stack"),
+        (
+            b"\x80\x02c_codecs\nencode\nU\x01aU\x05rot13\x86R.",
+            "a call .encode. must have the arguments",
+        ),
+        (b"\x80\x02}Nb.", "an empty array must be filled once, with five values"),
         (pickled(labels=None), "'labels' must be a list of 1 labels"),
         (pickled(labels=[1, 2]), "'labels' must be a list of 1 labels"),
         (pickled(labels=[10]), "all labels must be integers from 0 to 9"),

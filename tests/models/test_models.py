@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ class ByHand:
 
     def __init__(self, network: nn.Module) -> None:
         kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
-        self.layers = iter([m for m in network.modules() if isinstance(m, kinds)])
+        self.layers: Iterator[Any] = iter([m for m in network.modules() if isinstance(m, kinds)])
 
     def conv(self, x: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
         layer = next(self.layers)
@@ -104,11 +105,13 @@ class ByHand:
         shape = (1, -1) + (1,) * (x.dim() - 2)
         centred = x - layer.running_mean.view(shape)
         scaled = centred / torch.sqrt(layer.running_var + 1e-5).view(shape)
-        return scaled * layer.weight.view(shape) + layer.bias.view(shape)
+        found: Tensor = scaled * layer.weight.view(shape) + layer.bias.view(shape)
+        return found
 
     def linear(self, x: Tensor) -> Tensor:
         layer = next(self.layers)
-        return x @ layer.weight.T + layer.bias
+        found: Tensor = x @ layer.weight.T + layer.bias
+        return found
 
 
 def resnet_by_hand(network: nn.Module, x: Tensor, depth: int, option: str, stages: int) -> Tensor:
@@ -264,18 +267,22 @@ def test_errors() -> None:
     for shape in ((32, 32), (3, 0, 32), (3, 32.0, 32), (3, 32, 32, 1)):
         for make in (resnet20, vgg_like, vgg19, small_cnn):
             with pytest.raises(ValueError, match="image_shape must be three positive integers"):
-                make(shape, 10)  # type: ignore[arg-type,operator]
+                make(shape, 10)  # type: ignore[arg-type]
     for make in (resnet20, vgg_like, vgg19, small_cnn):
         with pytest.raises(ValueError, match="classes must be a positive integer, got 0"):
-            make(CIFAR, 0)  # type: ignore[operator]
+            make(CIFAR, 0)
     for sizes in ((0, 3, (5,)), (6, 0, (5,)), (6, 3, (5, 0)), (6, 3, (True,))):
         with pytest.raises(ValueError, match=r"models\.mlp: .* must be a positive integer"):
             mlp(*sizes)
     with pytest.raises(ValueError, match="option must be 'A' or 'B', got 'C'"):
         ResNet(CIFAR, 10, widths=(4,), depths=(1,), option="C")
-    for widths, depths in (((4,), (1, 1)), ((), ())):
-        with pytest.raises(ValueError, match="widths and depths must have one entry per stage"):
-            ResNet(CIFAR, 10, widths=widths, depths=depths, option="A")
-    for widths, depths in (((8, 4), (1, 1)), ((4, 0), (1, 1)), ((4, 8), (1, 0))):
-        with pytest.raises(ValueError, match=r"models\.ResNet: (widths|every)"):
+    stages: list[tuple[list[int], list[int], str]] = [
+        ([4], [1, 1], "widths and depths must have one entry per stage, got 1 and 2"),
+        ([], [], "widths and depths must have one entry per stage, got 0 and 0"),
+        ([8, 4], [1, 1], "widths must not fall from stage to stage"),
+        ([4, 0], [1, 1], "every entry of widths and depths must be a positive integer, got 0"),
+        ([4, 8], [1, 0], "every entry of widths and depths must be a positive integer, got 0"),
+    ]
+    for widths, depths, text in stages:
+        with pytest.raises(ValueError, match=rf"models\.ResNet: {text}"):
             ResNet(CIFAR, 10, widths=widths, depths=depths, option="A")

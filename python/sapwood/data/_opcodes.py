@@ -104,7 +104,7 @@ class _Machine:
 
     def top(self, kind: type) -> Any:
         if not self.stack or type(self.stack[-1]) is not kind:
-            raise ValueError(f"an opcode needs a {kind.__name__.strip('_')} on the stack")
+            raise ValueError(f"an opcode needs a {kind.__name__} on the stack")
         return self.stack[-1]
 
     def since_mark(self) -> list[Any]:
@@ -172,8 +172,9 @@ class _Machine:
         state = self.pop()
         if self.stack and self.stack[-1] is _BYTE:
             return
-        array = self.top(_Array)
-        if type(state) is not tuple or len(state) != 5 or array.content is not None:
+        array = self.stack[-1] if self.stack else None
+        is_empty = type(array) is _Array and array.content is None
+        if not is_empty or type(state) is not tuple or len(state) != 5:
             raise ValueError("an empty array must be filled once, with five values")
         _, shape, dtype, is_fortran, payload = state
         array.content = _array(payload, dtype, shape, "F" if is_fortran is True else "C")
@@ -190,7 +191,7 @@ def _call(meaning: str, arguments: tuple[Any, ...]) -> Any:
         return _Array(_array(payload, dtype, shape, _text(order)))
     if meaning == "encode" and len(arguments) == 2 and _is_text(arguments[1], "latin1"):
         return _text(arguments[0]).encode("latin-1")
-    raise ValueError(f"the call of a {meaning} must have the arguments of an array of bytes")
+    raise ValueError(f"a call ({meaning}) must have the arguments of an array of bytes")
 
 
 def _array(payload: Any, dtype: Any, shape: Any, order: str) -> NDArray[np.uint8]:
