@@ -1,0 +1,78 @@
+"""Two processes that stay, so that a test of several ranks costs milliseconds and not an import."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: How long a test waits for the ranks, whose start imports torch; half of it in a collective.
+SECONDS = 120
+
+
+def _serve(rank: int, size: int, meeting_point: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=meeting_point,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=SECONDS // 2),
+    )
+    while (task := pipe.recv()) is not None:
+        function, arguments = task
+        try:
+            pipe.send((function(*arguments), None))
+        except BaseException:
+            pipe.send((None, traceback.format_exc()))
+    torch.distributed.destroy_process_group()
+
+
+class Ranks:
+    """Runs functions on every rank of a gloo group.
+
+    Args:
+        size: number of processes.
+        folder: where they meet.
+    """
+
+    def __init__(self, size: int, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        meeting_point = (folder / "meeting_point").as_uri()
+        pipes = [context.Pipe() for _ in range(size)]
+        self._pipes = [mine for mine, _ in pipes]
+        self._processes = [
+            context.Process(target=_serve, args=(rank, size, meeting_point, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """The results of the ranks; AssertionError if one raises or none comes in time."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        results, errors = [], []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(SECONDS):
+                self.close()
+                raise AssertionError(f"rank {rank} did not answer within {SECONDS} s")
+            result, error = pipe.recv()
+            results.append(result)
+            errors += [f"rank {rank}: {error}"] if error else []
+        assert not errors, "\n".join(errors)
+        return results
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            if process.is_alive():
+                pipe.send(None)
+            process.join(1)
+            process.kill()  # unloading takes longer than the tests
