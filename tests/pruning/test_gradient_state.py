@@ -155,6 +155,10 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _refuse(*_: Any) -> None:
+    raise AssertionError("must not be called")
+
+
 @every_rule
 def test_the_mode_of_scoring(rule: Criterion) -> None:
     """Only BatchNorm is in training mode, whatever the model's own ``train`` would do."""
@@ -210,11 +214,14 @@ def one_process() -> Iterator[None]:
 
 @every_rule
 def test_a_distributed_model_trains_on_afterwards(rule: Criterion, one_process: None) -> None:
+    """Its forward, which communicates, is not called: one process may score alone."""
     net = network()
     expected = rule.scores(net, MaskSet.dense(net), batch())
     parallel = nn.parallel.DistributedDataParallel(net)
     unchanged = snapshot(net)
+    hook = parallel.register_forward_pre_hook(_refuse)
     found = rule.scores(parallel, MaskSet.dense(parallel), batch())
+    hook.remove()
     unchanged()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     for _ in range(2):
