@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,13 +27,12 @@ def _serve(rank: int, size: int, meeting_point: str, pipe: Connection) -> None:
         world_size=size,
         timeout=timedelta(seconds=SECONDS // 2),
     )
-    while (task := pipe.recv()) is not None:
-        function, arguments = task
+    while True:
+        function, arguments = pipe.recv()
         try:
             pipe.send((function(*arguments), None))
         except BaseException:
             pipe.send((None, traceback.format_exc()))
-    torch.distributed.destroy_process_group()
 
 
 class Ranks:
@@ -62,6 +63,7 @@ class Ranks:
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(SECONDS):
                 self.close()
+                two_ranks.cache_clear()
                 raise AssertionError(f"rank {rank} did not answer within {SECONDS} s")
             result, error = pipe.recv()
             results.append(result)
@@ -71,8 +73,11 @@ class Ranks:
 
     def close(self) -> None:
         """Ends the processes."""
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
-            if process.is_alive():
-                pipe.send(None)
-            process.join(1)
-            process.kill()  # unloading takes longer than the tests
+        for process in self._processes:
+            process.kill()
+
+
+@functools.lru_cache(maxsize=1)
+def two_ranks() -> Ranks:
+    """The same two processes for all test files; they end with the process that started them."""
+    return Ranks(2, Path(tempfile.mkdtemp(prefix="sapwood-ranks-")))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -28,22 +27,21 @@ from sapwood.pruning import (
     select,
 )
 
-from .ranks import Ranks
+from .ranks import Ranks, two_ranks
 
 BATCH, EPOCHS, PER_EPOCH = 128, 4, 11
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    both = Ranks(2, tmp_path_factory.mktemp("ranks"))
+def ranks() -> Ranks:
+    both = two_ranks()
     both.run(wrap)  # the start of the processes and their imports are no part of the first test
-    yield both
-    both.close()
+    return both
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training and test images (rows, 64) in float64, whose sums hide no difference of order."""
-    x, y = load_digits(return_X_y=True)
+    x, y = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(x))
     images = torch.from_numpy(x[order] / 16)
     classes = torch.from_numpy(y[order]).long()
