@@ -251,8 +251,12 @@ def test_bad_optimizers() -> None:
         pruner.attach(optimizer)
 
 
+@pytest.mark.parametrize("full_width", [1 << 18, 0], ids=["words", "bytes"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_clearing_leaves_positive_zeros_in_every_type_and_layout(dtype: torch.dtype) -> None:
+def test_clearing_leaves_positive_zeros_in_every_type_and_layout(
+    dtype: torch.dtype, full_width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sapwood.pruning._bits.FULL_WIDTH", full_width)
     values = torch.tensor([math.nan, -math.inf, math.inf, -0.0, -1.0, 1e-7, 3.0, -2.5])
     mask = torch.rand(2, 8, 3, 5) < 0.5
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -261,6 +265,9 @@ def test_clearing_leaves_positive_zeros_in_every_type_and_layout(dtype: torch.dt
         clear_(tensor, keep_bits(mask, tensor))
         integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         assert torch.equal(tensor.view(integer), expected.view(integer))
+        narrow = torch.full_like(tensor, -1.0, dtype=torch.bfloat16)
+        clear_(narrow, keep_bits(mask, tensor))
+        assert torch.equal(narrow, torch.where(mask, -1.0, 0.0).bfloat16())
 
 
 def test_a_failed_attach_leaves_nothing_behind() -> None:
