@@ -54,8 +54,9 @@ def compare(
     task = task or (Task.mnist if data is not None else Task.digits)
     console.check_task("compare", task, data, t1)
     variants, sparsities, chosen = _variants(methods), _sparsities(sparsity), _seeds(seeds)
+    console.require("compare", {"matplotlib": "matplotlib", "jinja2": "jinja2"})
     console.require_ops()
-    from sapwood.cli import comparison, comparison_text, tasks
+    from sapwood.cli import comparison, comparison_page, comparison_text, tasks
 
     request = comparison.Request(
         task=task.value,
@@ -76,7 +77,7 @@ def compare(
         folder = comparison.open_folder(out, request, dataset, resume)
         _execute(request, dataset, folder, jobs)
         result = comparison.collect(request, dataset.source, folder)
-        files = comparison.save(out, result)
+        files = comparison_page.save(out, result)
     if as_json:
         console.print_json(comparison.as_data(result))
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sapwood._files import atomic_write_text, staged
+from sapwood._files import atomic_write_text
 from sapwood.cli import environment, pool, runs, tasks
 from sapwood.cli.choices import Variant
 from sapwood.cli.interrupt import Interrupts
@@ -243,11 +243,3 @@ def as_data(result: Result) -> dict[str, Any]:
         "faults": result.faults,
         "runs": result.records,
     }
-
-
-def save(out: Path, result: Result) -> list[str]:
-    """Writes all files or none; returns their names."""
-    with staged(out) as stage:
-        atomic_write_text(stage / "table.csv", result.csv())
-        atomic_write_text(stage / "report.json", json.dumps(as_data(result), indent=1) + "\n")
-        return sorted(file.name for file in stage.iterdir())

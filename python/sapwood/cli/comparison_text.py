@@ -59,7 +59,7 @@ def tables(result: Result) -> list[Table]:
 
 def _table(result: Result, sparsities: Sequence[float], *, first: bool) -> Table:
     table = Table(
-        title=_title(result) if first else None,
+        title=title(result) if first else None,
         title_justify="left",
         title_style="bold",
         box=None,
@@ -92,7 +92,8 @@ def by_method(result: Result) -> dict[str, list[Row]]:
     return found
 
 
-def _title(result: Result) -> str:
+def title(result: Result) -> str:
+    """What the table shows."""
     dense = result.dense
     if dense.seeds == 1:
         return f"Test accuracy in %, and the gap to dense ({number(dense.mean)})"
@@ -102,31 +103,47 @@ def _title(result: Result) -> str:
 
 def remarks(result: Result) -> list[str]:
     """What the table does not say itself: costs, chance, and whether all masks are exact."""
+    methods = [f"{name}: {what}." for name, what in method_remarks(result).items()]
+    return [cost_unit(result), *methods, *chance(result), *exactness(result)]
+
+
+def cost_unit(result: Result) -> str:
+    """What the column of costs counts."""
+    return f"Cost in trainings of {result.request.recipe(0).epochs} epochs."
+
+
+def method_remarks(result: Result) -> dict[str, str]:
+    """The methods whose names leave open what was done."""
     recipe = result.request.recipe(0)
+    known = {
+        "one-shot": "the dense network, cut, without training after the cut",
+        "finetune": f"the dense network, cut, then {recipe.finetune_epochs} epochs from "
+        f"{methods.FINETUNE_LR:g} of the learning rate",
+    }
+    asked = {variant.method for variant in result.request.variants}
+    return {name: what for name, what in known.items() if name in asked}
+
+
+def chance(result: Result) -> list[str]:
+    """How large a difference has to be to mean something."""
     images = result.records[0]["test_images"]
-    lines = [f"Cost in trainings of {recipe.epochs} epochs."]
-    names = {variant.method for variant in result.request.variants}
-    if "one-shot" in names:
-        lines.append("one-shot: the dense network, cut, without training after the cut.")
-    if "finetune" in names:
-        lines.append(
-            f"finetune: the same with {recipe.finetune_epochs} epochs after the cut, from "
-            f"{methods.FINETUNE_LR:g} of the learning rate."
-        )
-    lines.append(f"One of the {images} test images is {100 / images:.2g} points.")
+    lines = [f"One of the {images} test images is {100 / images:.2g} points."]
     if result.dense.seeds == 1:
-        lines.append("One seed: differences of a few images are chance.")
-    return [*lines, *_exactness(result)]
+        lines.append("There was one seed: another would move every figure by a few images.")
+    return lines
 
 
-def _exactness(result: Result) -> list[str]:
+def exactness(result: Result) -> list[str]:
+    """Whether the masks are what they should be."""
     faults = result.faults
     if faults:
         return [f"MISMATCH in {fault}" for fault in faults]
-    masked = sum(record["masks_digest"] is not None for record in result.records)
+    masked = [record for record in result.records if record["masks_digest"] is not None]
+    watched = sum(record["left_zero_after_last_update"] is not None for record in masked)
     return [
-        f"Checked in all {masked} pruned networks: the number of zeros is exact, masks and weights "
-        "agree, and no masked weight left zero after the last change of the masks."
+        f"In all {len(masked)} pruned networks the number of zeros is exact, and masks and weights "
+        f"agree; in the {watched} watched ones no masked weight left zero after the last change of "
+        "the masks."
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -156,24 +157,46 @@ def shown(recipe: Recipe, bars: Bars) -> Observer:
 
 def save(out: Path, outcome: Outcome) -> list[str]:
     """Writes all files or none; returns their names."""
+    run = outcome.run
     with staged(out) as stage:
-        weights = serialized(outcome.run.model.state_dict())
+        weights = serialized(run.model.state_dict())
         atomic_write_bytes(stage / "model.safetensors", weights)
-        if outcome.run.masks is not None:
-            outcome.run.masks.save(stage / "masks.safetensors")
+        if run.masks is not None and run.report is not None:
+            run.masks.save(stage / "masks.safetensors")
+            atomic_write_text(stage / "sparsity.csv", run.report.to_csv())
+            if draws():
+                atomic_write_text(stage / "sparsity.svg", run.report.to_svg())
         content = json.dumps(outcome.report, indent=2) + "\n"
         atomic_write_text(stage / checkpoints.REPORT, content)
         return sorted(file.name for file in stage.iterdir())
 
 
+def draws() -> bool:
+    """Whether there is what it takes to draw."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def show(outcome: Outcome) -> None:
-    """Prints the accuracy, and layer by layer what packing brought."""
-    out, run, packed = console.stdout(), outcome.run, outcome.packed
+    """Prints the accuracy, both counts of zeros, and what packing brought."""
+    out, run = console.stdout(), outcome.run
     out.print(
         f"{run.recipe.method}: {run.accuracy:.2%} of {outcome.images} test images right "
         f"({run.wrong} wrong), trained in {run.seconds:.0f} s"
     )
-    if packed is None:
+    if run.report is not None:
+        out.print()
+        out.print(run.report.table(), markup=False)
+    if outcome.packed is not None:
+        _show_packed(run, outcome.packed, outcome.timings)
+    if run.report is not None and not draws():
+        out.print("sparsity.svg is missing: it needs matplotlib, pip install 'sapwood[tour]'")
+
+
+def _show_packed(run: training.Run, packed: packing.Packed, timings: list[packing.Timing]) -> None:
+    out = console.stdout()
+    out.print()
+    if not timings:
+        out.print("no layer is packed: sapwood packs linear layers, where that is faster")
         return
     rows = [
         [
@@ -184,10 +207,10 @@ def show(outcome: Outcome) -> None:
         ]
         for layer in packed.layers
     ]
-    gains = [packing.ratio(timing.speedup("packed")) for timing in outcome.timings]
+    gains = [packing.ratio(timing.speedup("packed")) for timing in timings]
     rows.append(["speed-up over dense", "", f"{run.zeros:.2%}", *gains])
-    heads = ["layer", "shape", "zeros", *(f"batch {batch}" for batch in packing.BATCHES)]
+    heads = ["packed", "shape", "zeros", *(f"batch {batch}" for batch in packing.BATCHES)]
     out.print(console.table("", heads, rows))
-    for remark in packing.remarks(outcome.timings, ["packed"]):
+    for remark in packing.remarks(timings, ["packed"]):
         out.print(remark, markup=False)
     out.print(f"packed and masked outputs differ by at most {packed.max_difference:.1e}")

@@ -22,6 +22,7 @@ from sapwood.pruning import (
 )
 
 FINETUNE_LR = 0.1  # of the learning rate before the cut
+RIGL_EVERY = 2  # times the steps between cuts: the usual 100 steps with 50 between cuts
 RIGL_END = 0.75  # part of the training after which RigL's masks are fixed
 
 Budgets = dict[str, float]  # tensor -> sparsity
@@ -89,7 +90,10 @@ def build(
         return LotteryTicket(wanted, config, scope=recipe.scope, **options)
     if method == "rigl":
         init = "uniform" if recipe.scope == "layer" else recipe.scope
-        return DynamicSparseTraining(sparsity, config, init=init, t_end=RIGL_END, **options)
+        every = RIGL_EVERY * recipe.every
+        return DynamicSparseTraining(
+            sparsity, config, init=init, every=every, t_end=RIGL_END, **options
+        )
     criterion = pruning.Random(recipe.seed) if method == "random" else method
     scope = recipe.scope if budgets is None else pruning.LayerPlan(budgets)
     return PruneAtInit(sparsity, config, criterion=criterion, scope=scope, **options)
