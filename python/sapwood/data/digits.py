@@ -10,8 +10,10 @@ from sapwood.data.dataset import Dataset
 def load_digits(*, test_share: float = 0.2, seed: int = 0) -> Dataset:
     """Reads the digits and splits them, each class in the same proportion.
 
-    >>> load_digits().test_inputs.shape
-    torch.Size([360, 64])
+    Example:
+        >>> from sapwood.data import load_digits
+        >>> load_digits().test_inputs.shape
+        torch.Size([360, 64])
 
     Args:
         test_share: part of the images held back for testing, in (0, 1).
