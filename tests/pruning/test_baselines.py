@@ -15,7 +15,9 @@ from sapwood.pruning import (
     LayerPlan,
     LotteryTicket,
     MaskSet,
+    OneShot,
     Progress,
+    ProgressiveMagnitude,
     PruneAtInit,
     PruneFinetuneConfig,
     PruningResult,
@@ -89,8 +91,6 @@ def test_global_scope_ranks_all_tensors_together() -> None:
 
 
 def _train_dense(model: nn.Module, data: tuple[Tensor, Tensor]) -> nn.Module:
-    from sapwood.pruning import ProgressiveMagnitude
-
     return ProgressiveMagnitude(None, QUICK).fit(model, data, data).model
 
 
@@ -344,3 +344,52 @@ def test_rules_reach_every_recipe() -> None:
     for result in results:
         assert result.masks is not None
         assert list(result.masks) == ["0.weight"]
+
+
+# Granularity.
+
+
+def test_rows_go_as_one_in_every_recipe() -> None:
+    data = problem()
+    rules: dict[str, Any] = {"granularity": "row", "include": ["0.weight"]}
+    results = [
+        ProgressiveMagnitude(0.5, QUICK, every=2, **rules).fit(network(), data, data),
+        PruneAtInit(0.5, QUICK, **rules).fit(network(), data, data),
+        LotteryTicket(0.5, QUICK, rate=0.3, **rules).fit(network(), data, data)[-1],
+        fit(PruneFinetuneConfig(QUICK, (0.25, 0.5), finetune=QUICK), **rules)[1],
+    ]
+    for result in results:
+        assert result.masks is not None
+        kept = result.masks["0.weight"].sum(1)
+        assert kept.tolist().count(8) == 8
+        assert kept.tolist().count(0) == 8
+
+
+def test_n_of_m_at_initialisation_and_in_one_cut() -> None:
+    data = problem()
+    two_of_four: dict[str, Any] = {"granularity": "n:m", "n_m": (2, 4)}
+    results = [
+        PruneAtInit(0.5, QUICK, **two_of_four).fit(network(), data, data),
+        ProgressiveMagnitude(0.5, QUICK, schedule=OneShot(0.5, at=5), **two_of_four).fit(
+            network(), data, data
+        ),
+    ]
+    for result in results:
+        assert result.masks is not None
+        for mask in result.masks.values():
+            assert (mask.view(-1, 4).sum(1) == 2).all()
+    with pytest.raises(ValueError, match=r"sparsity must be 1 - n / m = 0\.5"):
+        ProgressiveMagnitude(0.5, QUICK, **two_of_four).fit(network(), data, data)
+
+
+def test_every_unit_keeps_its_best() -> None:
+    data = problem()
+    result = ProgressiveMagnitude(0.8, QUICK, min_keep_per_unit=1).fit(network(), data, data)
+    assert result.masks is not None
+    assert off(result.masks) == round(0.8 * 176)
+    assert all(bool(mask.any(1).all()) for mask in result.masks.values())
+
+
+def test_rigl_moves_single_weights_only() -> None:
+    with pytest.raises(NotImplementedError, match="granularity must be 'element'"):
+        DynamicSparseTraining(0.5, granularity="row")

@@ -60,7 +60,7 @@ class Stages:
             "recipe": type(recipe).__name__,
             "train": asdict(recipe.train),
             "batches per epoch": self.per_epoch,
-            "min_keep_per_layer": recipe.min_keep_per_layer,
+            "selection": recipe.selection,
             **described,
         }
         self._setup: dict[str, Any] = json.loads(json.dumps(setup))

@@ -19,7 +19,7 @@ from sapwood.pruning.allocation import LayerPlan
 from sapwood.pruning.criteria import Criterion, describe_criterion, resolve_criterion
 from sapwood.pruning.masks import MaskSet
 from sapwood.pruning.schedules import Schedule, schedule_from_state
-from sapwood.pruning.select import require_min_keep, require_scope
+from sapwood.pruning.select import require_granularity, require_min_keep, require_scope
 
 State = dict[str, Tensor | str | int | float]
 
@@ -39,11 +39,19 @@ class Settings:
     mask_gradients: bool
     enforce: str
     seed: int
+    granularity: str = "element"
+    n_m: tuple[int, int] | None = None
+    on_misfit: str = "raise"
+    min_keep_per_unit: int = 0
 
     def __post_init__(self) -> None:
         where = "sapwood.pruning.Pruner"
         require_scope(self.scope, where)
         require_min_keep(self.min_keep_per_layer, where)
+        require_min_keep(self.min_keep_per_unit, where, "min_keep_per_unit")
+        require_granularity(
+            self.granularity, self.n_m, self.on_misfit, self.min_keep_per_unit, where
+        )
         if self.enforce not in ("always", "on_update"):
             raise ValueError(
                 f"{where}: enforce must be 'always' or 'on_update', got {self.enforce!r}"
@@ -71,6 +79,10 @@ class Settings:
             "mask_gradients": bool,
             "enforce": str,
             "seed": int,
+            "granularity": str,
+            "n_m": (list, type(None)),
+            "on_misfit": str,
+            "min_keep_per_unit": int,
         }
         if set(values) != set(kinds):
             raise ValueError(f"settings must be {sorted(kinds)}, got {sorted(values)}")
@@ -79,11 +91,18 @@ class Settings:
                 raise ValueError(f"setting {key} must be of another type, got {values[key]!r}")
         if isinstance(values["scope"], dict):
             values["scope"] = LayerPlan(values["scope"].get("plan", {}))
+        if values["n_m"] is not None:
+            values["n_m"] = tuple(values["n_m"])
         return cls(**values)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for the constructor of a pruner."""
         return dict(self.__dict__)
+
+    def selection(self) -> dict[str, Any]:
+        """Keyword arguments for ``select``."""
+        other = ("mask_gradients", "enforce", "seed")
+        return {key: value for key, value in self.__dict__.items() if key not in other}
 
 
 @dataclass(frozen=True)

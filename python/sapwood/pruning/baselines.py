@@ -98,7 +98,7 @@ class PruneAtInit(Recipe):
                 loss_fn=self.loss_fn,
                 include=self.include,
                 exclude=self.exclude,
-                min_keep_per_layer=self.min_keep_per_layer,
+                **self.selection,
                 inplace=False,
             )
             return stages.fixed(masks)(model, total_steps, epoch_steps)
@@ -139,6 +139,7 @@ class DynamicSparseTraining(Recipe):
     Raises:
         ValueError: if the sparsity is not finite or outside [0, 1).
         TypeError: if there is an unknown option.
+        NotImplementedError: for another granularity than single weights.
 
     References:
         Evci et al., Rigging the Lottery: Making All Tickets Winners, arXiv:1911.11134.
@@ -157,6 +158,12 @@ class DynamicSparseTraining(Recipe):
         **options: Unpack[RecipeOptions],
     ) -> None:
         super().__init__(train, **options)
+        if self.selection["granularity"] != "element" or self.selection["min_keep_per_unit"]:
+            raise NotImplementedError(
+                f"{self._where}: granularity must be 'element' and min_keep_per_unit 0, since RigL "
+                f"moves single weights, got {self.selection['granularity']!r} and "
+                f"{self.selection['min_keep_per_unit']}; ProgressiveMagnitude prunes rows"
+            )
         self.sparsity = require_sparsity(sparsity, self._where)
         self.init = init
         self.every = every
@@ -195,7 +202,7 @@ class DynamicSparseTraining(Recipe):
             grow=self.grow,
             include=self.include,
             exclude=self.exclude,
-            min_keep_per_layer=self.min_keep_per_layer,
+            min_keep_per_layer=self.selection["min_keep_per_layer"],
             seed=self.train.seed,
         )
 

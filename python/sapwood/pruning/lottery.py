@@ -165,9 +165,7 @@ class LotteryTicket(Recipe):
         masks = masks.to(self.train.resolve_device())
         scores = resolve_criterion(self.criterion, self._where).scores(model, masks)
         scope = "global" if self.scope == "global" else self._plan(masks, sparsity)
-        return select(
-            scores, masks, sparsity, scope=scope, min_keep_per_layer=self.min_keep_per_layer
-        )
+        return select(scores, masks, sparsity, scope=scope, **self.selection)
 
     def _plan(self, masks: MaskSet, sparsity: float) -> LayerPlan:
         """Cuts every tensor's survivors by one rate, the last tensor's by its part of it."""

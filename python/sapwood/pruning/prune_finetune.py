@@ -173,7 +173,7 @@ class TrainPruneFinetune(Recipe):
             loss_fn=self.loss_fn,
             include=self.include if masks is None else None,
             exclude=self.exclude if masks is None else None,
-            min_keep_per_layer=self.min_keep_per_layer,
+            **self.selection,
             masks=masks,
             inplace=False,
         )

@@ -73,7 +73,11 @@ class Pruner(Persistent):
         monotone: masked weights never return. Default: what the schedule says. Otherwise all
             weights compete at each update, with gradients unmasked until the last one; a masked
             weight is zero after each step, so what competes is the size of one update.
+        granularity: what goes as one: ``"element"``, ``"n:m"`` or ``"row"``; see ``select``.
+        n_m: (n, m) for granularity ``"n:m"``; the schedule must then be a ``OneShot`` at 1 - n / m.
+        on_misfit: see ``select``.
         min_keep_per_layer: elements that every tensor keeps.
+        min_keep_per_unit: elements that every output row keeps.
         mask_gradients: mask the gradients before the optimizer sees them.
         enforce: ``"always"`` zeroes masked weights after every step; ``"on_update"`` only when the
             masks change, for SGD, Adam and AdamW, which keep zeros by themselves once gradients are
@@ -101,7 +105,11 @@ class Pruner(Persistent):
         include: Sequence[Rule] | None = None,
         exclude: Sequence[Rule] | None = None,
         monotone: bool | None = None,
+        granularity: str = "element",
+        n_m: tuple[int, int] | None = None,
+        on_misfit: str = "raise",
         min_keep_per_layer: int = 1,
+        min_keep_per_unit: int = 0,
         mask_gradients: bool = True,
         enforce: Literal["always", "on_update"] = "always",
         total_steps: int | None = None,
@@ -117,7 +125,11 @@ class Pruner(Persistent):
         self.settings = _state.Settings(
             scope=scope,
             monotone=self.schedule.monotone if monotone is None else monotone,
+            granularity=granularity,
+            n_m=n_m,
+            on_misfit=on_misfit,
             min_keep_per_layer=min_keep_per_layer,
+            min_keep_per_unit=min_keep_per_unit,
             mask_gradients=mask_gradients,
             enforce=enforce,
             seed=seed,
@@ -323,10 +335,8 @@ class Pruner(Persistent):
             scores,
             self.masks,
             sparsity,
-            scope=self.settings.scope,
-            monotone=self.settings.monotone,
             absolute=absolute,
-            min_keep_per_layer=self.settings.min_keep_per_layer,
+            **self.settings.selection(),
         )
 
     def _keep_state(self, chosen: MaskSet) -> MaskSet:

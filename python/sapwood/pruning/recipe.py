@@ -25,7 +25,11 @@ class RecipeOptions(TypedDict, total=False):
 
     include: Sequence[Rule] | None
     exclude: Sequence[Rule] | None
+    granularity: str
+    n_m: tuple[int, int] | None
+    on_misfit: str
     min_keep_per_layer: int
+    min_keep_per_unit: int
     loss_fn: Callable[[Tensor, Tensor], Tensor] | None
     metric: Metric
     progress: Callable[[Progress], None] | None
@@ -60,7 +64,9 @@ class Recipe:
         train: how to train; default ``TrainConfig()``.
         options: keyword arguments, all optional:
             ``include``, ``exclude``: which parameters; see ``MaskSet.dense``.
+            ``granularity``, ``n_m``, ``on_misfit``: what goes as one; see ``select``.
             ``min_keep_per_layer``: elements that every tensor keeps; default 1.
+            ``min_keep_per_unit``: elements that every output row keeps; default 0.
             ``loss_fn``: (output, y) -> scalar; default: cross entropy.
             ``metric``: (output, y) -> scalar mean over the batch; default: accuracy.
             ``progress``: called after every step.
@@ -84,7 +90,14 @@ class Recipe:
         self.train = train or TrainConfig()
         self.include = options.get("include")
         self.exclude = options.get("exclude")
-        self.min_keep_per_layer = options.get("min_keep_per_layer", 1)
+        #: Keyword arguments for ``select``.
+        self.selection: dict[str, Any] = {
+            "granularity": options.get("granularity", "element"),
+            "n_m": options.get("n_m"),
+            "on_misfit": options.get("on_misfit", "raise"),
+            "min_keep_per_layer": options.get("min_keep_per_layer", 1),
+            "min_keep_per_unit": options.get("min_keep_per_unit", 0),
+        }
         self.loss_fn = options.get("loss_fn")
         self.metric = options.get("metric", default_metric)
         self.progress = options.get("progress")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from sapwood.pruning._names import Rule
+from sapwood.pruning._names import NamedParameters, Rule
 from sapwood.pruning._stages import describe_rule, describe_schedule, describe_scope
 from sapwood.pruning.allocation import LayerPlan, require_sparsity
-from sapwood.pruning.criteria import Criterion, resolve_criterion
+from sapwood.pruning.criteria import Criterion, ranks_absolute_weights, resolve_criterion
 from sapwood.pruning.masks import MaskSet
 from sapwood.pruning.pruner import Pruner
 from sapwood.pruning.recipe import Recipe, RecipeOptions
@@ -38,7 +38,11 @@ def prune(
     loss_fn: Callable[..., Tensor] | None = None,
     include: Sequence[Rule] | None = None,
     exclude: Sequence[Rule] | None = None,
+    granularity: str = "element",
+    n_m: tuple[int, int] | None = None,
+    on_misfit: str = "raise",
     min_keep_per_layer: int = 1,
+    min_keep_per_unit: int = 0,
     masks: MaskSet | None = None,
     inplace: bool = True,
 ) -> MaskSet:
@@ -61,7 +65,11 @@ def prune(
         loss_fn: for criteria that need a loss.
         include: which parameters; see ``MaskSet.dense``.
         exclude: which not.
+        granularity: what goes as one: ``"element"``, ``"n:m"`` or ``"row"``; see ``select``.
+        n_m: (n, m) for granularity ``"n:m"``; the sparsity must then be 1 - n / m.
+        on_misfit: see ``select``.
         min_keep_per_layer: elements that every tensor keeps.
+        min_keep_per_unit: elements that every output row keeps.
         masks: what is off already and stays off; it then says which parameters, instead of
             ``include`` and ``exclude``.
         inplace: zero the weights; False only returns the masks.
@@ -88,8 +96,24 @@ def prune(
         masks = MaskSet.dense(model, include, exclude)
     elif include is not None or exclude is not None:
         raise ValueError(f"{where}: include and exclude must be None with masks, got rules")
-    scores = rule.scores(model, masks, batch, loss_fn)
-    chosen = select(scores, masks, sparsity, scope=scope, min_keep_per_layer=min_keep_per_layer)
+    absolute = ranks_absolute_weights(rule)
+    if absolute:  # the weights themselves, without a copy
+        found = masks.parameters_of(NamedParameters.of(model), True, where)
+        scores = {name: parameter.detach() for name, parameter in found.items()}
+    else:
+        scores = rule.scores(model, masks, batch, loss_fn)
+    chosen = select(
+        scores,
+        masks,
+        sparsity,
+        scope=scope,
+        absolute=absolute,
+        granularity=granularity,
+        n_m=n_m,
+        on_misfit=on_misfit,
+        min_keep_per_layer=min_keep_per_layer,
+        min_keep_per_unit=min_keep_per_unit,
+    )
     if inplace:
         chosen.apply_(model)
     return chosen
@@ -196,7 +220,7 @@ class ProgressiveMagnitude(Recipe):
             include=self.include,
             exclude=self.exclude,
             monotone=self.monotone,
-            min_keep_per_layer=self.min_keep_per_layer,
+            **self.selection,
             total_steps=total_steps,
             seed=self.train.seed,
         )
