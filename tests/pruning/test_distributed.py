@@ -23,6 +23,7 @@ from sapwood.pruning import (
     OneShot,
     Pruner,
     RigL,
+    _distributed,
     prune,
     select,
 )
@@ -261,6 +262,22 @@ def without_wrapper() -> None:
 
 def test_a_bare_model_exchanges_nothing(ranks: Ranks) -> None:
     ranks.run(without_wrapper)
+
+
+@pytest.mark.parametrize(
+    ("config", "near", "device"),
+    [
+        ("cpu:gloo,cuda:nccl", "cuda:1", "cpu"),
+        ("cuda:nccl", "cuda:1", "cuda:1"),
+        ("cuda:nccl", "cpu", "cuda"),
+    ],
+)
+def test_messages_travel_where_the_backend_takes_them(
+    config: str, near: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: config)
+    group: Any = object()
+    assert _distributed.wire(group, torch.device(near)) == torch.device(device)
 
 
 def with_group() -> str:

@@ -139,17 +139,42 @@ def test_factored_state_is_left_alone_with_one_warning() -> None:
     assert "Adafactor" in texts[0]
 
 
-def test_autocast_keeps_zeros() -> None:
+@pytest.mark.parametrize("schedule", [Linear(0.8, t1=T1, every=2), Cubic(0.8, t1=T1, every=2)])
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "rmsprop-foreach"])
+def test_autocast_keeps_zeros(kind: str, schedule: Schedule) -> None:
     model = network()
-    optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
-    pruner = Pruner(model, Linear(0.8, t1=T1, every=2)).attach(optimizer)
-    for step in range(LAST):
+    optimizer = OPTIMIZERS[kind](list(model.parameters()))
+    pruner = Pruner(model, schedule).attach(optimizer)
+    for step in range(1, LAST + 1):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of(model, step)
         loss.backward()
         optimizer.step()
-        assert_masked(pruner, model, optimizer)
+        assert_masked(pruner, model, optimizer if step >= T1 or schedule.monotone else None)
+    assert pruner.masks.sparsity() == 141 / 176
+
+
+def test_overflow_of_float16_skips_steps_of_the_schedule_too() -> None:
+    model = network()
+    optimizer = OPTIMIZERS["sgd"](list(model.parameters()))
+    pruner = Pruner(model, Cubic(0.8, t1=T1, every=2)).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
+    skipped = 0
+    for step in range(3 * LAST):
+        before = scaler.get_scale()
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = loss_of(model, step)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped += scaler.get_scale() < before
+        assert pruner.step_count == step + 1 - skipped
+        assert_masked(pruner, model)
+    assert skipped >= 2
+    assert pruner.finished
+    assert_masked(pruner, model, optimizer)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw-fused"])

@@ -45,10 +45,12 @@ def test_linear_masks_nest_and_cubic_ones_may_return() -> None:
     assert returned["cubic"] > 0
 
 
-def test_an_average_is_masked_at_each_change() -> None:
+@pytest.mark.parametrize("decay", [0.9, None], ids=["ema", "swa"])
+def test_an_average_is_masked_at_each_change(decay: float | None) -> None:
     model = network()
     optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    ema = None if decay is None else get_ema_multi_avg_fn(decay)
+    average = AveragedModel(model, multi_avg_fn=ema)
     pruner = Pruner(model, Cubic(0.8, t1=T1, every=2)).attach(optimizer)
     pruner.track(average)
     for step in range(1, LAST + 1):

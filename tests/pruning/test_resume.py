@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sapwood.pruning import (
+    Constant,
     Cubic,
     LayerPlan,
     Linear,
@@ -20,6 +22,7 @@ from sapwood.pruning import (
     OneShot,
     Pruner,
     Schedule,
+    prune,
 )
 
 from .toy import OPTIMIZERS, network, train_step
@@ -106,6 +109,24 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
     assert loaded.criterion == Magnitude(p=2)
     assert loaded.schedule.state_dict() == pruner.schedule.state_dict()
     assert loaded.schedule.last_update == 20
+
+
+def test_given_masks_survive_the_file(tmp_path: Path) -> None:
+    masks = prune(network(seed=5), 0.9, "random", inplace=False)
+    first, optimizer, pruner = start(Constant(0.9), "adamw", masks=masks)
+    for step in range(4):
+        train_step(first, optimizer, step)
+    pruner.save(tmp_path / "fixed")
+    second = network(seed=99)
+    second.load_state_dict(first.state_dict())
+    second_optimizer = OPTIMIZERS["adamw"](list(second.parameters()))
+    second_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # both go on
+    loaded = Pruner.load(tmp_path / "fixed", second).attach(second_optimizer)
+    for step in range(4, 8):
+        train_step(first, optimizer, step)
+        train_step(second, second_optimizer, step)
+    assert_same(first, second)
+    assert loaded.masks == pruner.masks == masks
 
 
 @pytest.mark.parametrize(
