@@ -64,6 +64,9 @@ def test_flipped_bytes_of_a_python_batch(writer: Any, tmp_path: Path) -> None:
     assert all("data_batch_1 must be an intact batch file" in reason for reason in reasons)
 
 
+EMPTY_ARRAY = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\x01b\x87R"
+
+
 class Attack:
     """Runs a command when it is unpickled."""
 
@@ -142,7 +145,8 @@ def pickled(**changes: Any) -> bytes:
             b"\x80\x02c_codecs\nencode\nU\x01aU\x05rot13\x86R.",
             "a call .encode. must have the arguments",
         ),
-        (b"\x80\x02}Nb.", "an empty array must be filled once, with five values"),
+        (b"\x80\x02}Nb.", "what is filled must be an empty array"),
+        (EMPTY_ARRAY + b"Nb.", "an empty array must be filled with five values"),
         (pickled(labels=None), "'labels' must be a list of 1 labels"),
         (pickled(labels=[1, 2]), "'labels' must be a list of 1 labels"),
         (pickled(labels=[10]), "all labels must be integers from 0 to 9"),

@@ -173,9 +173,10 @@ class _Machine:
         if self.stack and self.stack[-1] is _BYTE:
             return
         array = self.stack[-1] if self.stack else None
-        is_empty = type(array) is _Array and array.content is None
-        if not is_empty or type(state) is not tuple or len(state) != 5:
-            raise ValueError("an empty array must be filled once, with five values")
+        if not isinstance(array, _Array) or array.content is not None:
+            raise ValueError("what is filled must be an empty array")
+        if type(state) is not tuple or len(state) != 5:
+            raise ValueError("an empty array must be filled with five values")
         _, shape, dtype, is_fortran, payload = state
         array.content = _array(payload, dtype, shape, "F" if is_fortran is True else "C")
 
