@@ -19,6 +19,18 @@ from sapwood.pruning.allocation import apportion
 
 Scores = dict[str, Tensor]
 
+#: The compiled loops and their oracle in torch.
+LOOPS = [
+    pytest.param("compiled", marks=pytest.mark.skipif(not _radix.COMPILED, reason="not built")),
+    "torch",
+]
+
+
+@pytest.fixture(params=LOOPS)
+def _loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(_radix, "COMPILED", None)
+
 
 def dense_like(scores: Scores) -> MaskSet:
     return MaskSet({name: torch.ones(s.shape, dtype=torch.bool) for name, s in scores.items()})
@@ -104,6 +116,7 @@ def laid_out(score: Tensor, layout: str) -> Tensor:
     return score
 
 
+@pytest.mark.usefixtures("_loops")
 @pytest.mark.parametrize(("kind", "dtype", "sparsity", "seed"), CASES)
 def test_equals_a_sort(kind: str, dtype: torch.dtype, sparsity: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -142,6 +155,7 @@ def test_equals_a_sort(kind: str, dtype: torch.dtype, sparsity: float, seed: int
         assert torch.equal(chosen[name], mask), name
 
 
+@pytest.mark.usefixtures("_loops")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("per_unit", [0, 2])
 def test_chunks_join_without_a_seam(
@@ -162,6 +176,7 @@ def test_chunks_join_without_a_seam(
     assert whole == all_steps()
 
 
+@pytest.mark.usefixtures("_loops")
 @pytest.mark.parametrize("ties", [1, 10, 2_000_000])
 def test_large_groups_of_ties_are_split_exactly(ties: int) -> None:
     """Of equal scores the first ones go, over several chunks and tensors."""
@@ -177,6 +192,7 @@ def test_large_groups_of_ties_are_split_exactly(ties: int) -> None:
     assert torch.equal(torch.cat([chosen[name] for name in scores]), expected)
 
 
+@pytest.mark.usefixtures("_loops")
 def test_absolute_equals_the_absolute_scores_and_leaves_the_scores_alone() -> None:
     scores = {"w": torch.randn(50, 30), "h": torch.randn(20, 7).bfloat16()}
     before = {name: score.clone() for name, score in scores.items()}
@@ -193,6 +209,7 @@ def test_parameters_are_scores_too() -> None:
     assert not chosen.requires_grad
 
 
+@pytest.mark.usefixtures("_loops")
 def test_infinite_scores_are_ranked() -> None:
     score = torch.tensor([math.inf, -math.inf, 3.4e38, -math.inf, math.inf, -3.4e38])
     order = [1, 3, 5, 2, 0, 4]
@@ -217,6 +234,7 @@ def test_every_row_keeps_its_best_under_every_scope(scope: str | LayerPlan) -> N
     assert sum(n - kept for kept, n in chosen.counts().values()) == round(0.6 * 700)
 
 
+@pytest.mark.usefixtures("_loops")
 def test_mixed_precisions_are_ranked_together() -> None:
     scores = {"narrow": torch.tensor([0.5, 0.25]), "wide": torch.tensor([0.3, 0.1]).double()}
     chosen = select(scores, dense_like(scores), 0.5, min_keep_per_layer=0)
@@ -224,6 +242,7 @@ def test_mixed_precisions_are_ranked_together() -> None:
     assert chosen["wide"].tolist() == [True, False]
 
 
+@pytest.mark.usefixtures("_loops")
 def test_double_scores_are_not_rounded() -> None:
     base = torch.tensor([1.0, 1.0 + 1e-15, 1.0 - 1e-15, 1.0 + 2e-15], dtype=torch.float64)
     chosen = select({"w": base}, dense_like({"w": base}), 0.5)

@@ -121,7 +121,7 @@ def _layer(
     values, present = _shards.local(scores), _shards.local(mask)
     active = None
     if monotone and _count(present) < present.numel():
-        active = present.to(values.device).reshape(-1)
+        active = present.to(values.device).contiguous().view(-1)
     return _radix.Layer(name, values, active, counted=ranks.counts(name))
 
 

@@ -4,15 +4,21 @@ Floats become integers of the same order, and the k-th smallest is found digit b
 counts the top 16 bits of all elements, the next one the following 16 bits of the elements in the
 chosen bin, and so on. One last pass compares with the threshold and resolves ties by position.
 Nothing is sorted, concatenated or copied; the tensors are walked in chunks.
+
+On the CPU the passes are compiled loops (csrc/select/kernel.h); the same in torch serves other
+devices and builds without them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from sapwood import _load
 
 #: Elements per chunk on the CPU: a few temporaries of 1 or 2 MiB, which its caches still like.
 CHUNK = 1 << 19
@@ -23,6 +29,9 @@ DIGIT_BITS = 16
 BINS = 1 << DIGIT_BITS
 _WIDE = torch.float64
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+#: The compiled loops, or None where they were not built.
+COMPILED: ModuleType | None = _load.native if hasattr(_load.native, "count_digits") else None
 
 #: Adds up integers over the ranks that hold the tensors together; the identity in one process.
 Total = Callable[[Tensor], Tensor]
@@ -74,13 +83,26 @@ class Keys:
 
     def chunks(self, layer: Layer) -> Iterator[tuple[slice, Tensor]]:
         """(part of the flat tensor, its keys); the keys are read-only and valid for one step."""
+        for part, scores in self._parts(layer, chunk_size(layer.scores.device)):
+            yield part, self.convert(scores, *_flags(layer, part))
+
+    def arguments(self, layer: Layer) -> Iterator[tuple[slice, tuple[object, ...]]]:
+        """(part of the flat tensor, what the compiled loops need to know of its keys)."""
+        as_is = layer.scores.is_contiguous() and layer.scores.dtype == self._floating
+        for part, scores in self._parts(layer, layer.scores.numel() if as_is else CHUNK):
+            bits = scores.to(self._floating).view(self._integer).numpy()
+            flags = [None if f is None else f.numpy() for f in _flags(layer, part)]
+            yield part, (bits, *flags, self._order.absolute, self._order.signed)
+
+    def compiled(self, layer: Layer) -> bool:
+        """Whether the compiled loops serve a layer."""
+        return COMPILED is not None and layer.scores.device.type == "cpu"
+
+    def _parts(self, layer: Layer, limit: int) -> Iterator[tuple[slice, Tensor]]:
         start = 0
-        for scores in pieces(layer.scores):
-            part = slice(start, start + scores.numel())
-            start = part.stop
-            active = None if layer.active is None else layer.active[part]
-            protected = None if layer.protected is None else layer.protected[part]
-            yield part, self.convert(scores, active, protected)
+        for scores in pieces(layer.scores, limit):
+            yield slice(start, start + scores.numel()), scores
+            start += scores.numel()
 
     def buffers(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two integer buffers of a chunk's length: the first may hold the present keys."""
@@ -116,20 +138,25 @@ def chunk_size(device: torch.device) -> int:
     return CHUNK if device.type == "cpu" else DEVICE_CHUNK
 
 
-def pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Contiguous flat parts of a tensor in the order of its flat index.
+def _flags(layer: Layer, part: slice) -> tuple[Tensor | None, Tensor | None]:
+    """Which elements of a part are active, and which are protected."""
+    active = None if layer.active is None else layer.active[part]
+    return active, None if layer.protected is None else layer.protected[part]
+
+
+def pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
+    """Contiguous flat parts of a tensor in the order of its flat index, up to ``limit`` long.
 
     A contiguous tensor is not copied, another one only part by part.
     """
-    limit = chunk_size(tensor.device)
     if tensor.is_contiguous():
-        yield from tensor.view(-1).split(limit)
+        yield from tensor.view(-1).split(max(1, limit))
     elif tensor.numel() <= limit:
-        yield tensor.reshape(-1)
+        yield tensor.contiguous().view(-1)  # reshape alone may give a view with gaps
     else:
         rows = limit // tensor[0].numel()
         for part in tensor.split(rows) if rows else tensor.unbind():
-            yield from (part.reshape(-1),) if rows else pieces(part)
+            yield from (part.contiguous().view(-1),) if rows else pieces(part, limit)
 
 
 def find_cut(keys: Keys, k: int, total: Total) -> Cut:
@@ -190,17 +217,35 @@ def switch_off(keys: Keys, cut: Cut, quotas: Sequence[int] | None = None) -> lis
     for index, layer in enumerate(keys.layers):
         mask = torch.empty(layer.scores.numel(), dtype=torch.bool, device=layer.scores.device)
         left = left if quotas is None else quotas[index]
-        for part, chunk in keys.chunks(layer):
-            if cut.ties_off == cut.ties:
-                torch.gt(chunk, cut.key, out=mask[part])
-                continue
-            torch.ge(chunk, cut.key, out=mask[part])
-            if left:
-                tied = positions(chunk == cut.key)[:left]
-                mask[part].index_fill_(0, tied, False)
-                left -= tied.numel()
+        left -= (_switch_off_compiled if keys.compiled(layer) else _switch_off)(
+            keys, layer, cut.key, left, mask
+        )
         masks.append(mask)
     return masks
+
+
+def _switch_off(keys: Keys, layer: Layer, last: int, quota: int, mask: Tensor) -> int:
+    """Writes the keep mask of one layer; returns how many ties went."""
+    left = quota
+    for part, chunk in keys.chunks(layer):
+        torch.ge(chunk, last, out=mask[part])
+        if left:
+            tied = chunk == last
+            ties = int(tied.count_nonzero())
+            if ties <= left:
+                mask[part].bitwise_xor_(tied)
+            else:
+                mask[part].index_fill_(0, positions(tied)[:left], False)
+            left -= min(left, ties)
+    return quota - left
+
+
+def _switch_off_compiled(keys: Keys, layer: Layer, last: int, quota: int, mask: Tensor) -> int:
+    left = quota
+    for part, arguments in keys.arguments(layer):
+        assert COMPILED is not None
+        left -= COMPILED.switch_off(*arguments, last, left, mask[part].numpy())
+    return quota - left
 
 
 def positions(flags: Tensor) -> Tensor:
@@ -217,7 +262,7 @@ def positions(flags: Tensor) -> Tensor:
 def survey(scores: Tensor) -> tuple[int, bool]:
     """The number of NaN values, and whether a sign bit is set among the others."""
     nans, signed = 0, False
-    for piece in pieces(scores):
+    for piece in pieces(scores, chunk_size(scores.device)):
         if not piece.numel():
             continue
         low, high = piece.aminmax()  # NaN when any element is, and much cheaper than isnan
@@ -234,16 +279,30 @@ def _digit_counts(keys: Keys, shift: int, prefix: int) -> Tensor:
     Keys are signed: half of their range is added to make them the integers of ``descend``.
     """
     counts = new_counts(keys.layers[0].scores.device)
-    first = shift == keys.bits - DIGIT_BITS
-    bias = 1 << (keys.bits - 1 - shift)
+    above = prefix - ((1 << (keys.bits - 1 - shift)) >> DIGIT_BITS)
     for layer in keys.layers:
-        for _, chunk in keys.chunks(layer) if layer.counted else ():
-            _, spare = keys.buffers(chunk)
-            if first:
-                digits = torch.bitwise_right_shift(chunk, shift, out=spare).add_(bias)
-            else:
-                higher = torch.bitwise_right_shift(chunk, shift + DIGIT_BITS, out=spare)
-                inside = positions(higher == prefix - (bias >> DIGIT_BITS))
-                digits = (chunk.index_select(0, inside) >> shift).bitwise_and_(BINS - 1)
-            add_counts(digits, counts)
+        if layer.counted:
+            count = _count_compiled if keys.compiled(layer) else _count
+            count(keys, layer, shift, above, counts)
     return counts
+
+
+def _count(keys: Keys, layer: Layer, shift: int, above: int, counts: Tensor) -> None:
+    """Adds the histogram of one layer; ``above`` are the higher digits of the keys that count."""
+    for _, chunk in keys.chunks(layer):
+        _, spare = keys.buffers(chunk)
+        if shift == keys.bits - DIGIT_BITS:
+            digits = torch.bitwise_right_shift(chunk, shift, out=spare).add_(BINS // 2)
+        else:
+            higher = torch.bitwise_right_shift(chunk, shift + DIGIT_BITS, out=spare)
+            inside = positions(higher == above)
+            digits = (chunk.index_select(0, inside) >> shift).bitwise_and_(BINS - 1)
+        add_counts(digits, counts)
+
+
+def _count_compiled(keys: Keys, layer: Layer, shift: int, above: int, counts: Tensor) -> None:
+    found = new_counts(layer.scores.device)
+    for _, arguments in keys.arguments(layer):
+        assert COMPILED is not None
+        COMPILED.count_digits(*arguments, shift, above, found.numpy())
+    counts += found.to(counts.device)
