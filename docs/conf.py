@@ -44,7 +44,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 nitpicky = False
 
-MARKUP = re.compile(r"\(\*[,)]|, \*\w*\)|\|\w[\w ]*\|")
+MARKUP = re.compile(r"\(\*[,)]|, \*\w*\)|\|\w[\w */]*\|")
 
 
 def escape_maths(
