@@ -33,7 +33,7 @@ STEPS, T1 = 8, 6
 @pytest.fixture(scope="module")
 def ranks() -> Ranks:
     both = two_ranks()
-    both.run(shard)  # the start of the processes and their imports are no part of the first test
+    both.run(warm_up)  # imports take longer than the tests, of which they are no part
     return both
 
 
@@ -58,7 +58,7 @@ def sharded(seed: int = 0, mesh_shape: tuple[int, ...] = (2,)) -> nn.Module:
     return model
 
 
-def shard() -> None:
+def warm_up() -> None:
     sharded()
 
 
@@ -78,6 +78,8 @@ def make_pruner(kind: str, model: nn.Module) -> Pruner:
     if kind == "plan":
         plan = LayerPlan({"0": 0.2, "2": 0.8, "4": 0.5, "5": 0.1})
         return Pruner(model, Linear(0.6, t1=T1, every=3), scope=plan)
+    if kind == "rows":
+        return Pruner(model, Linear(0.6, t1=T1, every=2), granularity="row")
     if kind == "on_update":
         return Pruner(model, Linear(0.7, t1=T1, every=2), enforce="on_update")
     if kind == "rigl-random":
@@ -146,6 +148,7 @@ def assert_same_reports(one: SparsityReport, many: SparsityReport) -> None:
         ("cubic", "adamw"),
         ("random", "sgd"),
         ("plan", "adamw"),
+        ("rows", "sgd"),
         ("on_update", "adamw"),
         ("rigl", "adamw"),
         ("rigl", "sgd"),
