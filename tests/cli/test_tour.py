@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sapwood.cli import chapters
-from sapwood.cli.chapters import ChapterResult, Context, prune_pack_run
+from sapwood.cli import chapters, console, tasks
+from sapwood.cli.chapters import ChapterResult, Context, compare_ways, prune_pack_run
 from sapwood.cli.packing import Timing
 from sapwood.report.page import Chapter, Section, Stat, Table
 from tests.cli.conftest import Invoke
@@ -123,6 +123,24 @@ def test_headline_claims_no_more_than_was_measured(
     assert headline.endswith(expected)
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_second_chapter_says_what_it_compared(
+    small_digits: None, monkeypatch: pytest.MonkeyPatch, quick: bool
+) -> None:
+    monkeypatch.setitem(tasks.WIDTHS, "lenet300", (16, 16))
+    with console.bars() as bars:
+        result = compare_ways.run(Context(quick=quick, seed=5, bars=bars))
+    methods = compare_ways.QUICK if quick else compare_ways.FULL
+    assert [row[0] for row in result.summary.rows] == list(methods)
+    assert result.summary.columns[2:] == ["90 %", "95 %"] + ["98 %"] * (not quick)
+    assert result.data["seeds"] == [5]
+    seeds = {run["seed"] for run in result.data["runs"]}
+    assert seeds == {5}
+    assert any("There was one seed" in remark for remark in result.remarks)
+    dense = result.data["rows"][0]
+    assert f"({100 * dense['mean']:.2f})" in result.remarks[0]
+
+
 @pytest.mark.slow
 def test_quick_tour_measures_what_it_shows(
     invoke: Invoke, narrow: Narrow, tmp_path: Path, threads: None
@@ -132,9 +150,9 @@ def test_quick_tour_measures_what_it_shows(
     assert narrow(result.stdout.rpartition("wrote ")[0])
     page = (tmp_path / "index.html").read_text()
     assert "://" not in page
-    assert page.count("<svg role=") == 3
-    networks = json.loads((tmp_path / "results.json").read_text())["chapters"]["prune_pack_run"]
-    dense, *pruned = networks["networks"].values()
+    assert page.count("<svg role=") == 4
+    chapters = json.loads((tmp_path / "results.json").read_text())["chapters"]
+    dense, *pruned = chapters["prune_pack_run"]["networks"].values()
     assert dense["accuracy"] > 0.94
     for network, sparsity in zip(pruned, (0.9, 0.95), strict=True):
         assert network["accuracy"] >= dense["accuracy"] - 0.03
@@ -147,3 +165,12 @@ def test_quick_tour_measures_what_it_shows(
             assert timing["speedup"] == timing["dense_seconds"] / timing["packed_seconds"]
         shown = [timing["speedup"] for timing in packed["timings"]]
         assert any(speedup >= 1.03 for speedup in shown) or "Not faster than dense" in result.stdout
+    comparison = chapters["compare_ways"]
+    assert comparison["faults"] == []
+    assert len(comparison["runs"]) == 11
+    accuracies = {(row["method"], row["sparsity"]): row["mean"] for row in comparison["rows"]}
+    assert accuracies["progressive", 0.95] > accuracies["random", 0.95] + 0.08
+    for (method, _), accuracy in accuracies.items():
+        assert method in result.stdout or method == "dense"
+        assert f"{100 * accuracy:.2f}" in result.stdout
+    assert "There was one seed" in result.stdout

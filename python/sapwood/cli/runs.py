@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,7 @@ from sapwood.pruning import MaskSet
 
 SCHEMA = "sapwood.run/1"
 FOLDER = "runs"
+_CHECKPOINT_EVERY = 1000  # steps: what an unforeseen end may cost
 FROM_DENSE = ("one-shot", "finetune")  # begin with the dense network of the same seed
 
 Record = dict[str, Any]
@@ -134,6 +136,7 @@ def _train(job: Job, dataset: Dataset, folder: Path, observers: Sequence[Observe
     budgets = None
     if job.variant.like is not None:
         budgets = _budgets(MaskSet.load(folder / f"{job.needs[0]}.masks.safetensors"))
+    per_epoch = math.ceil(len(dataset.train_labels) / job.recipe.batch_size)
     return training.train(
         job.recipe,
         dataset,
@@ -142,6 +145,7 @@ def _train(job: Job, dataset: Dataset, folder: Path, observers: Sequence[Observe
         budgets=budgets,
         trained=method in FROM_DENSE,
         checkpoint=_checkpoint(job, folder),
+        checkpoint_every=max(_CHECKPOINT_EVERY, per_epoch),
         resume=True,
     )
 

@@ -84,6 +84,7 @@ def train(
     budgets: methods.Budgets | None = None,
     trained: bool = False,
     checkpoint: Path | None = None,
+    checkpoint_every: int | None = None,
     resume: bool = False,
 ) -> list[Run]:
     """Trains one network by one method, on ``recipe.threads`` threads.
@@ -99,6 +100,7 @@ def train(
         budgets: see ``methods.build``.
         trained: see ``methods.build``.
         checkpoint: a folder for what an interrupted run needs to go on.
+        checkpoint_every: steps between two writings; default: an epoch.
         resume: go on from that folder.
 
     Returns:
@@ -111,7 +113,12 @@ def train(
         for observer in observers:
             observer(now)
 
-    options: dict[str, Any] = {"progress": progress, "checkpoint": checkpoint, "resume": resume}
+    options: dict[str, Any] = {
+        "progress": progress,
+        "checkpoint": checkpoint,
+        "checkpoint_every": checkpoint_every,
+        "resume": resume,
+    }
     pairs = (data.train_inputs, data.train_labels), (data.test_inputs, data.test_labels)
     built = methods.build(recipe, budgets=budgets, trained=trained, **options)
     with _threads(recipe.threads):
