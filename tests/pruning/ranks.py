@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-#: How long a test waits for the ranks, whose start imports torch; half of it in a collective.
-SECONDS = 120
+#: How long a test waits for the ranks, whose start imports torch, and a rank for the others.
+SECONDS = 240
+COLLECTIVE_SECONDS = 60
 
 
 def _serve(rank: int, size: int, meeting_point: str, pipe: Connection) -> None:
@@ -25,7 +26,7 @@ def _serve(rank: int, size: int, meeting_point: str, pipe: Connection) -> None:
         init_method=meeting_point,
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=SECONDS // 2),
+        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
     )
     while True:
         function, arguments = pipe.recv()

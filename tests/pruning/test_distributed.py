@@ -62,7 +62,8 @@ def sgd(model: nn.Module) -> Optimizer:
 
 def warm_up() -> None:
     digits()
-    DistributedDataParallel(network())
+    model = DistributedDataParallel(network())
+    step_together(model, sgd(model))
 
 
 def linear(model: nn.Module) -> Pruner:

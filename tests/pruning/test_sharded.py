@@ -20,7 +20,6 @@ from sapwood.pruning import (
     OneShot,
     Pruner,
     RigL,
-    SparsityReport,
     prune,
 )
 from sapwood.pruning._distributed import full, is_sharded, local, place
@@ -59,7 +58,9 @@ def sharded(seed: int = 0, mesh_shape: tuple[int, ...] = (2,)) -> nn.Module:
 
 
 def warm_up() -> None:
-    sharded()
+    model = sharded()
+    give_gradients(network(), model, 0)
+    make_optimizer("sgd", model).step()
 
 
 def make_optimizer(kind: str, model: nn.Module) -> Optimizer:
@@ -130,14 +131,9 @@ def compare(kind: str, optimizer_kind: str) -> list[str]:
             if value.shape == parameter.shape:
                 mine = optimizers[0].state[alone.get_parameter(name)][key]
                 assert torch.equal(value.full_tensor(), mine), f"{name} {key}"
-    assert_same_reports(one.report(), many.report())
+    assert many.report().to_json() == one.report().to_json()
+    assert many.report().state_elements > 0
     return digests
-
-
-def assert_same_reports(one: SparsityReport, many: SparsityReport) -> None:
-    assert one.to_json() == many.to_json()
-    assert one.table() == many.table()
-    assert one.state_elements > 0
 
 
 @pytest.mark.parametrize(
