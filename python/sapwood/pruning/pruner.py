@@ -47,6 +47,11 @@ class Pruner(Persistent):
     counts applied steps: one that a gradient scaler skips does not count. With several optimizers
     the first attached one is the clock.
 
+    Under data parallelism and ``fully_shard`` every rank makes the same calls. Ranks that hold
+    copies of a weight compare digests of its mask on ``attach`` and after each update; if they
+    differ, every rank raises. Masks of sharded parameters are sharded like them and equal those
+    of one process; their counts, ``report`` and ``save`` are collective.
+
     Example:
         >>> import torch
         >>> from sapwood.pruning import Linear, Pruner
@@ -167,6 +172,7 @@ class Pruner(Persistent):
             ValueError: if it is attached already, ``enforce="on_update"`` is not safe with it, or
                 a weight is NaN; it is then not attached.
             RuntimeError: if the criterion needs data; advance such a pruner with ``step(batch)``.
+                Also on every rank, if replicas hold different masks.
         """
         where = f"{_WHERE}.attach"
         _optim.require_attachable(optimizer, self._optimizers, self.settings.enforce, where)
@@ -224,7 +230,8 @@ class Pruner(Persistent):
             Whether the masks changed.
 
         Raises:
-            RuntimeError: if the pruner is attached to an optimizer.
+            RuntimeError: if the pruner is attached to an optimizer, or replicas would get
+                different masks.
             ValueError: if a score is NaN.
         """
         if self._optimizers:
