@@ -62,6 +62,35 @@ def test_help_does_not_load_the_heavy_parts() -> None:
         (["prune", "--epochs", "0"], "Invalid value for '--epochs'"),
         (["prune", "--task", "mnist"], "--task mnist needs --data DIR"),
         (["prune", "--task", "digits", "--data", "."], "--task digits takes no --data"),
+        (["prune", "--task", "cifar10"], "--task cifar10 needs --data DIR"),
+        (["prune", "--limit", "5"], "Invalid value for '--limit'"),
+        (
+            ["prune", "--method", "lth", "--scope", "erk"],
+            "--scope must be layer or global with --method lth, got erk",
+        ),
+        (["compare", "--sparsity", "0.9,1"], "--sparsity must lie between 0 and 1, got 1"),
+        (["compare", "--sparsity", "nan"], "--sparsity must lie between 0 and 1, got nan"),
+        (["compare", "--sparsity", "much"], "--sparsity must lie between 0 and 1, got much"),
+        (["compare", "--sparsity", ","], "--sparsity must name at least one, got ','"),
+        (["compare", "--seeds", "0,-1"], "--seeds must be whole numbers from 0 on, got -1"),
+        (["compare", "--seeds", ""], "--seeds must name at least one, got ''"),
+        (["compare", "--methods", "magic"], "--methods: 'magic' is not one of progressive, cubic"),
+        (
+            ["compare", "--methods", "lth:erk"],
+            "--methods: lth:X knows X = layer, global, got 'lth:erk'",
+        ),
+        (["compare", "--methods", "dense:layer"], "--methods: dense has no scope"),
+        (
+            ["compare", "--methods", "random:dense"],
+            "--methods: random:X knows X = global, layer, erk, progressive, cubic",
+        ),
+        (
+            ["compare", "--methods", "random:snip"],
+            "--methods: random:snip needs snip in the list too",
+        ),
+        (["compare", "--jobs", "0"], "Invalid value for '--jobs'"),
+        (["compare", "--t1", "2"], "--t1 must lie in (0, 1], got 2.0"),
+        (["compare", "--task", "mnist"], "--task mnist needs --data DIR"),
         (["tour", "--threads", "0"], "Invalid value for '--threads'"),
         (["tour", "--seed", "-1"], "Invalid value for '--seed'"),
         (["unknown"], "No such command 'unknown'"),
@@ -78,7 +107,7 @@ def test_bad_arguments_end_with_2(
     assert narrow(result.stderr)
 
 
-@pytest.mark.parametrize("command", ["tour", "prune"])
+@pytest.mark.parametrize("command", ["tour", "prune", "compare"])
 def test_missing_package_is_named(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -94,7 +123,7 @@ def test_missing_package_is_named(
     assert "needs scikit-learn: pip install 'sapwood[tour]'" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["tour", "prune"])
+@pytest.mark.parametrize("command", ["tour", "prune", "compare"])
 def test_broken_library_is_explained(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import importlib.util
 import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +62,8 @@ def test_files_agree_with_each_other(
         "masks.safetensors",
         "model.safetensors",
         "report.json",
+        "sparsity.csv",
+        "sparsity.svg",
     ]
     masks, weights = MaskSet.load(out / "masks.safetensors"), load_file(out / "model.safetensors")
     prunable = 64 * 32 + 32 * 32 + 32 * 10
@@ -72,6 +77,13 @@ def test_files_agree_with_each_other(
     assert report["zeros"] == report["zeros_expected"] == round(0.8 * prunable)
     assert report["masks_and_weights_agree"]
     assert report["left_zero_after_last_update"] in (0, None if method == "one-shot" else 0)
+    rows = list(csv.DictReader((out / "sparsity.csv").read_text().splitlines()))
+    assert [(row["name"], int(row["kept"])) for row in rows] == [
+        (name, kept) for name, (kept, _) in masks.counts().items()
+    ]
+    for name, (kept, total) in masks.counts().items():
+        assert name in result.stdout
+        assert f"{kept:,} of {total:,}</text>" in (out / "sparsity.svg").read_text()
     assert report["packed"]["max_difference"] < 1e-4
     assert [timing["batch"] for timing in report["packed"]["timings"]] == [1, 64, 256]
     assert f"({report['wrong']} wrong)" in result.stdout
@@ -87,6 +99,24 @@ def test_dense_writes_no_masks_and_packs_nothing(invoke: Invoke, tmp_path: Path)
     assert "packed" not in report
     assert report["sparsity"] == 0
     assert not (tmp_path / "out" / "masks.safetensors").exists()
+
+
+def test_without_matplotlib_the_drawing_is_missed(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+
+    def without_matplotlib(name: str, package: str | None = None) -> Any:
+        return None if name == "matplotlib" else found(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_matplotlib)
+    result = invoke("prune", "--epochs", "1", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "sparsity.svg is missing: it needs matplotlib, pip install 'sapwood[tour]'" in (
+        " ".join(result.stdout.split())
+    )
+    assert not (tmp_path / "sparsity.svg").exists()
+    assert (tmp_path / "sparsity.csv").exists()
 
 
 def test_one_shot_only_cuts(invoke: Invoke, tmp_path: Path) -> None:
@@ -121,6 +151,64 @@ def test_mnist_files_are_read(invoke: Invoke, tmp_path: Path, mnist: Path) -> No
     assert report["arch"] == "lenet300"
     assert report["parameters"] == 266_610
     assert report["accuracy"] > 0.9
+
+
+@pytest.fixture(name="cifar10")
+def small_cifar10(tmp_path: Path) -> Path:
+    """CIFAR-10's binary files with twenty images each: the label is the brightness."""
+    folder = tmp_path / "cifar10"
+    folder.mkdir()
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        labels = torch.arange(20) % 10
+        pixels = torch.randint(0, 20, (20, 3072)) + 23 * labels[:, None]
+        rows = torch.cat((labels[:, None], pixels), dim=1).to(torch.uint8)
+        (folder / f"{name}.bin").write_bytes(rows.numpy().tobytes())
+    return folder
+
+
+@pytest.mark.parametrize(("arch", "layers"), [("smallcnn", 4), ("resnet20", 20)])
+def test_cifar10_files_are_read(
+    invoke: Invoke, narrow: Narrow, tmp_path: Path, cifar10: Path, arch: str, layers: int
+) -> None:
+    out = tmp_path / "out"
+    options = ["--task", "cifar10", "--data", cifar10, "--arch", arch, "--epochs", "2"]
+    result = invoke("prune", *options, "--limit", "50", "--every", "1", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "no layer is packed: sapwood packs linear layers, where that is faster" in result.stdout
+    assert narrow(result.stdout.rpartition("wrote ")[0])
+    report = json.loads((out / "report.json").read_text())
+    assert len(report["sparsity_report"]["tensors"]) == layers
+    assert report["steps"] == 2  # 50 images fit into one batch
+    assert report["zeros"] == report["zeros_expected"]
+    assert report["packed"]["timings"] == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [("15", "--limit must be a multiple of the 10 classes, got 15"), ("200", "must be ")],
+)
+def test_an_impossible_limit_is_refused(
+    invoke: Invoke, tmp_path: Path, cifar10: Path, limit: str, message: str
+) -> None:
+    options = ["--task", "cifar10", "--data", cifar10, "--limit", limit]
+    result = invoke("prune", *options, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_limit_takes_the_same_number_of_each_class(invoke: Invoke, tmp_path: Path) -> None:
+    dataset = tasks.read("digits", None, 70)
+    assert dataset.train_labels.bincount().tolist() == [7] * 10
+    whole = tasks.read("digits", None)
+    first = [int((whole.train_labels == label).nonzero()[0]) for label in range(10)]
+    limited = tasks.read("digits", None, 10)
+    assert torch.equal(limited.train_inputs, whole.train_inputs[sorted(first)])
+    result = invoke("prune", "--limit", "1430", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "--limit must be at most 1390: there are 139 training images of class 8" in (
+        " ".join(result.stderr.split())
+    )
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])

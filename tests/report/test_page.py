@@ -87,6 +87,22 @@ def test_missing_field_is_an_error_not_a_gap() -> None:
         render(object())  # type: ignore[arg-type]
 
 
+def test_prose_and_broken_lines_in_tables() -> None:
+    figures = Table(["a", "b"], [["x", "1\n2"]])
+    prose = Table(["a", "b"], [["x", "words"]], prose=True)
+    chapter = Chapter("c", "l", [Section("s", [], [figures, prose])])
+    document = render(Page("t", "h", "s", chapters=[chapter]))
+    assert document.count('<table class="prose">') == 1
+    assert "<td>1\n2</td>" in document
+    assert "td { white-space: pre-line; }" in document
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_chapter_has_no_number(count: int) -> None:
+    chapters = [Chapter("title", "lead", [])] * count
+    assert ("Chapter 1" in render(Page("t", "h", "s", chapters=chapters))) == (count > 1)
+
+
 def test_svg_takes_the_page_colours() -> None:
     svg = drawing()
     for variable in ("--ink", "--muted", "--line", "--series-0", "--series-1"):

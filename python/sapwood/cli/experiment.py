@@ -189,7 +189,8 @@ def show(outcome: Outcome) -> None:
     if outcome.packed is not None:
         _show_packed(run, outcome.packed, outcome.timings)
     if run.report is not None and not draws():
-        out.print("sparsity.svg is missing: it needs matplotlib, pip install 'sapwood[tour]'")
+        missing = "sparsity.svg is missing: it needs matplotlib, pip install 'sapwood[tour]'"
+        out.print(missing, markup=False)
 
 
 def _show_packed(run: training.Run, packed: packing.Packed, timings: list[packing.Timing]) -> None:

@@ -68,15 +68,14 @@ def read(task: str, folder: Path | None, limit: int | None = None) -> data.Datas
 
 def _first_of_each(labels: Tensor, classes: int, count: int) -> Tensor:
     """The places of the first ``count`` rows of each class, in the order of the data."""
-    places = []
-    for label in range(classes):
-        found = (labels == label).nonzero().flatten()
-        if len(found) < count:
-            raise ValueError(
-                f"--limit must be at most {classes * len(found)}: there are {len(found)} training "
-                f"images of class {label}"
-            )
-        places.append(found[:count])
+    counts = labels.bincount(minlength=classes)
+    scarce = int(counts.argmin())
+    if counts[scarce] < count:
+        raise ValueError(
+            f"--limit must be at most {classes * int(counts[scarce])}: there are "
+            f"{int(counts[scarce])} training images of class {scarce}"
+        )
+    places = [(labels == label).nonzero().flatten()[:count] for label in range(classes)]
     return torch.cat(places).sort().values
 
 

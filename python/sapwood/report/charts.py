@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = "os^DvPX"
-_DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)))
+_DASHES = ("-", "--", ":")
 
 
 @dataclass(frozen=True)
