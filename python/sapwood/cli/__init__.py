@@ -1,7 +1,8 @@
 """The ``sapwood`` command: one module per command, found through the list ``COMMANDS``.
 
 A command module holds a function named after the command, or a ``typer.Typer`` named ``app`` for
-a group of commands. It imports torch and the methods inside its functions, so that help is quick.
+a group of commands; ``EPILOG``, if there is one, stands below the options. It imports torch and
+the methods inside its functions, so that help is quick.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def build_app() -> typer.Typer:
         if isinstance(group, typer.Typer):
             app.add_typer(group, name=name)
         else:
-            app.command(name)(getattr(module, name))
+            app.command(name, epilog=getattr(module, "EPILOG", None))(getattr(module, name))
     return app
 
 

@@ -69,6 +69,9 @@ METHODS = {
     "dense": MethodInfo("no pruning", ("global",)),
 }
 
+#: Below the options of the commands that take a method; an empty line ends each line there.
+METHOD_HELP = "\n\n".join(f"{name:<12} {info.summary}" for name, info in METHODS.items())
+
 
 @dataclass(frozen=True)
 class Variant:

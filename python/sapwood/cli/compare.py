@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sapwood.cli import console
-from sapwood.cli.choices import Arch, Task, Variant
+from sapwood.cli.choices import METHOD_HELP, Arch, Task, Variant
 
 if TYPE_CHECKING:
     from sapwood.cli.comparison import Request
     from sapwood.cli.runs import Job
     from sapwood.data import Dataset
 
+EPILOG = (
+    f"{METHOD_HELP}\n\n"
+    "SCOPE is global, layer or erk. random:METHOD has as many weights per layer as METHOD."
+)
 DEFAULT_METHODS = "one-shot,progressive,cubic,snip,random"
 
 
@@ -30,9 +34,17 @@ def compare(
     data: Annotated[
         Path | None, typer.Option(help="Folder of MNIST's idx files, or CIFAR-10's files.")
     ] = None,
-    arch: Annotated[Arch | None, typer.Option(help="Default: by task.")] = None,
+    arch: Annotated[
+        Arch | None,
+        typer.Option(metavar="ARCH", help="mlp, lenet300, smallcnn or resnet20. Default: by task."),
+    ] = None,
     methods: Annotated[
-        str, typer.Option(help="Comma list of METHOD, METHOD:SCOPE or random:METHOD.")
+        str,
+        typer.Option(
+            show_default=False,
+            help="Comma list of METHOD, METHOD:SCOPE, random:METHOD. Default: one-shot, "
+            "progressive, cubic, snip, random.",
+        ),
     ] = DEFAULT_METHODS,
     sparsity: Annotated[str, typer.Option(help="Comma list.")] = "0.9,0.95,0.98",
     seeds: Annotated[str, typer.Option(help="Comma list.")] = "0",
@@ -40,7 +52,9 @@ def compare(
     finetune_epochs: Annotated[int, typer.Option(help="With finetune: after the cut.", min=1)] = 2,
     t1: Annotated[float, typer.Option(help="Part of training after which masks are fixed.")] = 0.75,
     every: Annotated[int | None, typer.Option(help="Steps between cuts.", min=1)] = None,
-    limit: Annotated[int | None, typer.Option(help="Training images to use.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Training images to use, equally by class.", min=10)
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at once, one thread each.", min=1)] = 1,
     out: Annotated[Path, typer.Option(help="Folder for runs and results.")] = Path(
         "sapwood-compare"
@@ -113,7 +127,7 @@ def _execute(request: Request, dataset: Dataset, folder: Path, workers: int) -> 
             bars.say(comparison.one_line(job, folder))
 
         bars.start("")
-        listener = pool.Listener(advance, finish)
+        listener = pool.Listener(advance, finish, bars.say)
         comparison.execute(todo, request, dataset, folder, workers, listener)
 
 

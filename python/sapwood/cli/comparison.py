@@ -205,7 +205,7 @@ def execute(
         KeyboardInterrupt: after the checkpoints of all running jobs are written.
         JobError: when a job fails.
     """
-    with Interrupts() as interrupts:
+    with Interrupts(listener.say) as interrupts:
         if workers == 1:
             pool.one_by_one(todo, dataset, folder, listener, interrupts)
             return

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from sapwood.cli import methods
-from sapwood.cli.choices import METHODS
 from sapwood.cli.comparison import Result, Row
 
 COLUMNS = 4  # sparsities side by side in 80 columns
@@ -145,8 +144,3 @@ def exactness(result: Result) -> list[str]:
         f"agree; in the {watched} watched ones no masked weight left zero after the last change of "
         "the masks."
     ]
-
-
-def method_lines() -> list[str]:
-    """What each method does, for the help."""
-    return [f"{name}: {info.summary}" for name, info in METHODS.items()]

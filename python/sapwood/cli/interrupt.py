@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 from sapwood.cli import console
 
 
+def _to_stderr(text: str) -> None:
+    console.stderr().print(text, markup=False)
+
+
 class Interrupts:
     """While it is entered, the first SIGINT is only noted; the next one interrupts as usual.
 
     The training asks ``check`` after every step, where everything is consistent.
+
+    Args:
+        say: prints a line; that of progress bars, where there are some.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = _to_stderr) -> None:
         self.requested = False
+        self._say = say
         self._told = False
         self._before: Any = None
 
@@ -47,7 +56,7 @@ class Interrupts:
         """Whether there was a first SIGINT; says once what happens now."""
         if self.requested and not self._told:
             self._told = True
-            console.stderr().print("finishing this step; Ctrl-C again stops at once")
+            self._say("finishing this step; Ctrl-C again stops at once")
         return self.requested
 
     def check(self) -> None:

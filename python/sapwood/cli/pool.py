@@ -28,12 +28,17 @@ class JobError(RuntimeError):
     """A job ended in an error; the message says which job and what error."""
 
 
+def _silent(text: str) -> None:
+    """Says nothing."""
+
+
 @dataclass
 class Listener:
     """What the caller wants to know."""
 
     steps: Callable[[int], None]  # so many further optimizer steps are done
     done: Callable[[Job], None]
+    say: Callable[[str], None] = _silent  # a line for people
 
 
 def one_by_one(

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sapwood.cli import console
-from sapwood.cli.choices import METHODS, Arch, Method, Scope, Task
+from sapwood.cli.choices import METHOD_HELP, METHODS, Arch, Method, Scope, Task
 
 if TYPE_CHECKING:
     from sapwood.cli.checkpoints import Place
     from sapwood.cli.experiment import Outcome, Request
     from sapwood.data import Dataset
+
+EPILOG = METHOD_HELP
 
 
 def prune(
@@ -28,9 +30,12 @@ def prune(
         Path | None, typer.Option(help="Folder of MNIST's or CIFAR-10's files.")
     ] = None,
     arch: Annotated[
-        Arch | None, typer.Option(help="Default: mlp, lenet300, resnet20 by task.")
+        Arch | None,
+        typer.Option(metavar="ARCH", help="mlp, lenet300, smallcnn or resnet20. Default: by task."),
     ] = None,
-    method: Annotated[Method, typer.Option(help="How weights go.")] = Method.progressive,
+    method: Annotated[
+        Method, typer.Option(metavar="METHOD", help="See below.")
+    ] = Method.progressive,
     sparsity: Annotated[float, typer.Option(help="Share of weights to switch off.")] = 0.9,
     scope: Annotated[
         Scope | None, typer.Option(help="Where weights compete. Default: by method.")
@@ -105,7 +110,7 @@ def _run(request: Request, dataset: Dataset, place: Place, resume: bool) -> Outc
     goes_on = place.open(request.setup(dataset), resume=resume)
     if resume and not goes_on:
         console.stderr().print(f"nothing to resume in {place.out}: starting anew", markup=False)
-    with console.bars() as bars, Interrupts() as interrupts:
+    with console.bars() as bars, Interrupts(bars.say) as interrupts:
         return experiment.execute(
             request,
             dataset,
