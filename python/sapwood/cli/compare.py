@@ -96,6 +96,7 @@ def compare(
         console.print_json(comparison.as_data(result))
         return
     screen = console.stdout()
+    screen.print(f"[bold]{comparison_text.title(result)}[/]")
     for table in comparison_text.tables(result):
         screen.print(table)
     for remark in comparison_text.remarks(result):
@@ -110,6 +111,8 @@ def _execute(request: Request, dataset: Dataset, folder: Path, workers: int) -> 
 
     jobs = request.jobs()
     todo = comparison.missing(jobs, folder)
+    if not todo:
+        return
     per_epoch = math.ceil(len(dataset.train_labels) / request.recipe(0).batch_size)
     total = per_epoch * sum(job.epochs for job in todo)
     done = {"jobs": len(jobs) - len(todo), "steps": 0}

@@ -53,18 +53,11 @@ def tables(result: Result) -> list[Table]:
     """Methods by sparsity, four sparsities to a table."""
     sparsities = result.request.sparsities
     parts = [sparsities[i : i + COLUMNS] for i in range(0, len(sparsities), COLUMNS)]
-    return [_table(result, part, first=index == 0) for index, part in enumerate(parts)]
+    return [_table(result, part) for part in parts]
 
 
-def _table(result: Result, sparsities: Sequence[float], *, first: bool) -> Table:
-    table = Table(
-        title=title(result) if first else None,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
+def _table(result: Result, sparsities: Sequence[float]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("method", header_style="dim", no_wrap=True)
     table.add_column("cost", header_style="dim", justify="right", no_wrap=True)
     for sparsity in sparsities:
