@@ -82,7 +82,7 @@ def test_table_holds_mean_range_and_gap_of_the_runs(invoke: Invoke, tmp_path: Pa
     found = by_name(tmp_path)
     lines = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert [(line["method"], line["sparsity"]) for line in lines] == [
-        ("dense", "0"),
+        ("dense", "0.0"),
         ("progressive", "0.5"),
         ("progressive", "0.8"),
         ("lth", "0.5"),
@@ -299,7 +299,7 @@ def test_names_of_results_differ() -> None:
     names = {
         runs.name_of(Variant.parse(word), sparsity, seed)
         for word in words
-        for sparsity in (0.9, 0.95, 0.951)
+        for sparsity in (0.9, 0.8926258176, 0.89262581)
         for seed in (0, 1)
     }
     assert len(names) == len(words) * 6

@@ -150,7 +150,7 @@ class Result:
         for row in (self.dense, *self.rows):
             shares = (row.mean, row.lowest, row.highest, row.gap)
             percents = [f"{100 * share:.4f}" for share in shares]
-            writer.writerow([row.method, f"{row.sparsity:g}", *percents, row.epochs, row.seeds])
+            writer.writerow([row.method, repr(row.sparsity), *percents, row.epochs, row.seeds])
         return text.getvalue()
 
 

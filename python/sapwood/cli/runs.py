@@ -67,7 +67,7 @@ def name_of(variant: Variant, sparsity: float, seed: int) -> str:
     'random-snip_0.95_seed2'
     """
     method = str(variant).replace(":", "-")
-    return f"{method}_seed{seed}" if not sparsity else f"{method}_{sparsity:g}_seed{seed}"
+    return f"{method}_seed{seed}" if not sparsity else f"{method}_{sparsity!r}_seed{seed}"
 
 
 def plan(
