@@ -12,7 +12,9 @@ from torch import nn
 from sapwood import pruning
 from sapwood.pruning import (
     DynamicSparseTraining,
+    LayerPlan,
     LotteryTicket,
+    MaskSet,
     Progress,
     PruneAtInit,
     PruneFinetuneConfig,
@@ -24,8 +26,6 @@ from sapwood.pruning import (
 FINETUNE_LR = 0.1  # of the learning rate before the cut
 RIGL_EVERY = 2  # times the steps between cuts: the usual 100 steps with 50 between cuts
 RIGL_END = 0.75  # part of the training after which RigL's masks are fixed
-
-Budgets = dict[str, float]  # tensor -> sparsity
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,14 @@ class Recipe:
 
 
 def build(
-    recipe: Recipe, *, budgets: Budgets | None = None, trained: bool = False, **options: Any
+    recipe: Recipe, *, like: MaskSet | None = None, trained: bool = False, **options: Any
 ) -> pruning.Recipe:
     """The library's recipe.
 
     Args:
         recipe: what the command line asked for.
-        budgets: with ``random``, the sparsity of every tensor, instead of a scope.
+        like: with ``random``, masks whose number of kept weights per tensor is taken, instead of a
+            scope.
         trained: with ``finetune``, whether the dense training is over already.
         options: those that all recipes of the library take.
     """
@@ -95,7 +96,10 @@ def build(
             sparsity, config, init=init, every=every, t_end=RIGL_END, **options
         )
     criterion = pruning.Random(recipe.seed) if method == "random" else method
-    scope = recipe.scope if budgets is None else pruning.LayerPlan(budgets)
+    scope: str | LayerPlan = recipe.scope
+    if like is not None:
+        scope = LayerPlan.like(like)
+        options["min_keep_per_layer"] = 0  # the other's counts, whatever they are
     return PruneAtInit(sparsity, config, criterion=criterion, scope=scope, **options)
 
 

@@ -133,26 +133,21 @@ def _train(job: Job, dataset: Dataset, folder: Path, observers: Sequence[Observe
         model.load_state_dict(load_file(folder / f"{job.needs[0]}.safetensors"))
     if method == "one-shot":
         return [training.cut(job.recipe, dataset, model)]
-    budgets = None
+    like = None
     if job.variant.like is not None:
-        budgets = _budgets(MaskSet.load(folder / f"{job.needs[0]}.masks.safetensors"))
+        like = MaskSet.load(folder / f"{job.needs[0]}.masks.safetensors")
     per_epoch = math.ceil(len(dataset.train_labels) / job.recipe.batch_size)
     return training.train(
         job.recipe,
         dataset,
         model,
         observers=observers,
-        budgets=budgets,
+        like=like,
         trained=method in FROM_DENSE,
         checkpoint=_checkpoint(job, folder),
         checkpoint_every=max(_CHECKPOINT_EVERY, per_epoch),
         resume=True,
     )
-
-
-def _budgets(masks: MaskSet) -> methods.Budgets:
-    """The sparsity of every tensor."""
-    return {name: 1 - kept / total for name, (kept, total) in masks.counts().items()}
 
 
 def _checkpoint(job: Job, folder: Path) -> Path:

@@ -81,7 +81,7 @@ def train(
     model: nn.Module,
     *,
     observers: Sequence[Observer] = (),
-    budgets: methods.Budgets | None = None,
+    like: MaskSet | None = None,
     trained: bool = False,
     checkpoint: Path | None = None,
     checkpoint_every: int | None = None,
@@ -97,7 +97,7 @@ def train(
         data: to learn and to test on.
         model: changed in place and left in evaluation mode.
         observers: called after every step, in order.
-        budgets: see ``methods.build``.
+        like: see ``methods.build``.
         trained: see ``methods.build``.
         checkpoint: a folder for what an interrupted run needs to go on.
         checkpoint_every: steps between two writings; default: an epoch.
@@ -120,7 +120,7 @@ def train(
         "resume": resume,
     }
     pairs = (data.train_inputs, data.train_labels), (data.test_inputs, data.test_labels)
-    built = methods.build(recipe, budgets=budgets, trained=trained, **options)
+    built = methods.build(recipe, like=like, trained=trained, **options)
     with _threads(recipe.threads):
         chains = methods.fit(built, model, *pairs)
     model.eval()
