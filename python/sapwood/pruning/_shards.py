@@ -7,19 +7,18 @@ ranks, so that all of them take the same way or raise the same error.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sapwood.pruning import _radix
+from sapwood.pruning import _distributed, _radix
+from sapwood.pruning._distributed import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -122,20 +121,14 @@ class Ranks:
         ]
 
 
-def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is distributed; without importing what nobody has imported yet."""
-    module: Any = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, outside autograd."""
-    return (tensor.to_local() if is_dtensor(tensor) else tensor).detach()
+    return _distributed.local(tensor).detach()
 
 
 def placed_like(part: Tensor, like: Tensor) -> Tensor:
     """A tensor of the shape and the placement of ``like`` from this rank's part of it."""
-    if not is_dtensor(like):
+    if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -147,14 +140,14 @@ def placed_like(part: Tensor, like: Tensor) -> Tensor:
 
 def placement(tensor: Tensor) -> str:
     """How a tensor lies on the ranks, in words."""
-    return str(tensor.placements) if is_dtensor(tensor) else "a plain tensor"
+    return str(tensor.placements) if is_sharded(tensor) else "a plain tensor"
 
 
 def same_placement(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors lie on the ranks in the same way."""
-    if is_dtensor(a) and is_dtensor(b):
+    if is_sharded(a) and is_sharded(b):
         return a.device_mesh == b.device_mesh and a.placements == b.placements
-    return not is_dtensor(a) and not is_dtensor(b)
+    return not is_sharded(a) and not is_sharded(b)
 
 
 def tie_quotas(
@@ -204,7 +197,7 @@ def _first_ties(
 
 def _layout(name: str, tensor: Tensor, where: str) -> tuple[Any, int | None, int | None]:
     """(device mesh, its dimension that shards, the dimension of the tensor that is sharded)."""
-    if not is_dtensor(tensor):
+    if not is_sharded(tensor):
         return None, None, None
     from torch.distributed.tensor import Replicate, Shard
 

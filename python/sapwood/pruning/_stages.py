@@ -128,14 +128,6 @@ class Stages:
         report = SparsityReport.of(self.model, masks)
         return PruningResult(self.model, masks, [row], report, config, 0.0, 0, stage=name)
 
-    def fixed(self, masks: MaskSet) -> BuildPruner:
-        """A pruner that holds given masks."""
-
-        def build(model: nn.Module, total_steps: int, epoch_steps: int) -> Pruner:
-            return Pruner(model, Constant(masks.sparsity()), masks=masks)
-
-        return build
-
     def rewind_point(self, step: int) -> RewindPoint:
         """The weights and the place in the data after ``step`` steps of the first stage."""
         point = RewindPoint(step, self._save_point)
@@ -259,6 +251,15 @@ class _Keeper:
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         kept = self._stages._read(self._path)
         return kept if kept is not None and kept[0]["index"] == self._index else None
+
+
+def holding(masks: MaskSet) -> BuildPruner:
+    """For a stage with given masks."""
+
+    def build(model: nn.Module, total_steps: int, epoch_steps: int) -> Pruner:
+        return Pruner(model, Constant(masks.sparsity()), masks=masks)
+
+    return build
 
 
 def describe_scope(scope: str | LayerPlan) -> Any:

@@ -12,11 +12,12 @@ from sapwood.pruning.allocation import LayerPlan, require_sparsity
 from sapwood.pruning.criteria import Criterion
 from sapwood.pruning.masks import MaskSet
 from sapwood.pruning.pruner import Pruner
-from sapwood.pruning.recipe import Recipe, RecipeOptions
+from sapwood.pruning.recipe import RecipeOptions, TrainingRecipe
 from sapwood.pruning.recipes import prune
 from sapwood.pruning.rigl import RigL
+from sapwood.pruning.schedules import Constant
 from sapwood.pruning.train_config import TrainConfig
-from sapwood.pruning.training import PruningResult
+from sapwood.pruning.training import Data
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["DynamicSparseTraining", "PruneAtInit"]
 
 
-class PruneAtInit(Recipe):
+class PruneAtInit(TrainingRecipe):
     """Prune before training, then train what is left: SNIP, GraSP, magnitude or random.
 
     Example:
@@ -69,41 +70,20 @@ class PruneAtInit(Recipe):
         self.criterion = criterion
         self.scope = scope
 
-    def fit(self, model: nn.Module, train: Any, val: Any) -> PruningResult:
-        """Prunes and trains the model in place, on the configured device.
-
-        Args:
-            model: the model, freshly initialised.
-            train: a DataLoader of (X, y), or a pair of tensors X: (rows, ...), y: (rows, ...).
-            val: the same, for the metric after each epoch.
-
-        Returns:
-            Model, masks, history and report; also kept as ``model_``, ``masks_`` and ``result_``.
-
-        Raises:
-            ValueError: if the data are empty or differ in length, a class has too few rows for
-                GraSP, a weight becomes NaN, or the checkpoint is of another run.
-            TypeError: if the data are neither a loader nor a pair.
-            MaskMatchError: if a rule matches nothing.
-        """
-        stages = self._open(model, train, val)
-
-        def build(model: nn.Module, total_steps: int, epoch_steps: int) -> Pruner | None:
-            masks = prune(
-                model,
-                self.sparsity,
-                self.criterion,
-                scope=self.scope,
-                batch=scoring_batch(self.criterion, train, self.train, self._where),
-                loss_fn=self.loss_fn,
-                include=self.include,
-                exclude=self.exclude,
-                **self.selection,
-                inplace=False,
-            )
-            return stages.fixed(masks)(model, total_steps, epoch_steps)
-
-        return self._finish(stages.run("train", build))
+    def _pruner(self, model: nn.Module, train: Data, total_steps: int, epoch_steps: int) -> Pruner:
+        masks = prune(
+            model,
+            self.sparsity,
+            self.criterion,
+            scope=self.scope,
+            batch=scoring_batch(self.criterion, train, self.train, self._where),
+            loss_fn=self.loss_fn,
+            include=self.include,
+            exclude=self.exclude,
+            **self.selection,
+            inplace=False,
+        )
+        return Pruner(model, Constant(masks.sparsity()), masks=masks)
 
     def _describe(self) -> dict[str, Any]:
         return {
@@ -113,7 +93,7 @@ class PruneAtInit(Recipe):
         }
 
 
-class DynamicSparseTraining(Recipe):
+class DynamicSparseTraining(TrainingRecipe):
     """RigL: training at a fixed sparsity, with masks that move to where the gradients are.
 
     Example:
@@ -171,26 +151,7 @@ class DynamicSparseTraining(Recipe):
         self.t_end = t_end
         self.grow = grow
 
-    def fit(self, model: nn.Module, train: Any, val: Any) -> PruningResult:
-        """Trains the model in place, on the configured device.
-
-        Args:
-            model: the model, freshly initialised.
-            train: a DataLoader of (X, y), or a pair of tensors X: (rows, ...), y: (rows, ...).
-            val: the same, for the metric after each epoch.
-
-        Returns:
-            Model, masks, history and report; also kept as ``model_``, ``masks_`` and ``result_``.
-
-        Raises:
-            ValueError: if the data are empty or differ in length, a weight becomes NaN, or the
-                checkpoint is of another run.
-            TypeError: if the data are neither a loader nor a pair.
-            MaskMatchError: if a rule matches nothing.
-        """
-        return self._finish(self._open(model, train, val).run("train", self._pruner))
-
-    def _pruner(self, model: nn.Module, total_steps: int, epoch_steps: int) -> Pruner:
+    def _pruner(self, model: nn.Module, train: Data, total_steps: int, epoch_steps: int) -> Pruner:
         return RigL(
             model,
             self.sparsity,

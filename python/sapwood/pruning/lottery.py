@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sapwood.pruning._stages import RewindPoint, Stages, describe_rule
+from sapwood.pruning._stages import RewindPoint, Stages, describe_rule, holding
 from sapwood.pruning.allocation import LayerPlan, require_sparsity
 from sapwood.pruning.criteria import Criterion, resolve_criterion
 from sapwood.pruning.masks import MaskSet
@@ -143,7 +143,7 @@ class LotteryTicket(Recipe):
             results.append(
                 stages.run(
                     f"round {index} of {len(ladder)}",
-                    stages.fixed(masks),
+                    holding(masks),
                     prepare=lambda: point.restore(model),
                     start=point.start,
                 )

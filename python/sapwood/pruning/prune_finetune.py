@@ -12,7 +12,7 @@ from torch import nn
 
 from sapwood.pruning._scoring import scoring_batch
 from sapwood.pruning._session import Start
-from sapwood.pruning._stages import Stages, describe_rule, describe_scope
+from sapwood.pruning._stages import Stages, describe_rule, describe_scope, holding
 from sapwood.pruning.allocation import LayerPlan, require_sparsity
 from sapwood.pruning.criteria import Criterion
 from sapwood.pruning.masks import MaskSet
@@ -155,7 +155,7 @@ class TrainPruneFinetune(Recipe):
             back = partial(point.restore, model) if self.config.rewind == "weights" else None
             name = f"finetune {_percent(sparsity)}"
             results.append(
-                stages.run(name, stages.fixed(masks), config=config, prepare=back, start=start)
+                stages.run(name, holding(masks), config=config, prepare=back, start=start)
             )
         self.results_ = results
         return self._finish(results[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from sapwood.pruning._names import Rule
 from sapwood.pruning._stages import Stages
+from sapwood.pruning.pruner import Pruner
 from sapwood.pruning.train_config import TrainConfig
 from sapwood.pruning.training import Data, Metric, Progress, PruningResult
 from sapwood.pruning.training import accuracy as default_metric
@@ -17,7 +19,7 @@ from sapwood.pruning.training import accuracy as default_metric
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Recipe", "RecipeOptions"]
+__all__ = ["Recipe", "RecipeOptions", "TrainingRecipe"]
 
 
 class RecipeOptions(TypedDict, total=False):
@@ -129,3 +131,36 @@ class Recipe:
         self.model_ = result.model
         self.masks_ = result.masks
         return result
+
+
+class TrainingRecipe(Recipe, ABC):
+    """A recipe of one training run: all that differs is the pruner."""
+
+    def fit(self, model: nn.Module, train: Any, val: Any) -> PruningResult:
+        """Trains and prunes the model in place, on the configured device.
+
+        Args:
+            model: the model, freshly initialised or pretrained.
+            train: a DataLoader of (X, y), or a pair of tensors X: (rows, ...), y: (rows, ...).
+            val: the same, for the metric after each epoch.
+
+        Returns:
+            Model, masks, history and report; also kept as ``model_``, ``masks_`` and ``result_``.
+
+        Raises:
+            ValueError: if the data are empty or differ in length, a class has too few rows for
+                GraSP, a weight becomes NaN, or the checkpoint is of another run.
+            TypeError: if the data are neither a loader nor a pair.
+            MaskMatchError: if a rule matches nothing.
+        """
+
+        def build(model: nn.Module, total_steps: int, epoch_steps: int) -> Pruner | None:
+            return self._pruner(model, train, total_steps, epoch_steps)
+
+        return self._finish(self._open(model, train, val).run("train", build))
+
+    @abstractmethod
+    def _pruner(
+        self, model: nn.Module, train: Data, total_steps: int, epoch_steps: int
+    ) -> Pruner | None:
+        """Makes the pruner once the number of steps is known; None trains densely."""

@@ -13,11 +13,11 @@ from sapwood.pruning.allocation import LayerPlan, require_sparsity
 from sapwood.pruning.criteria import Criterion, ranks_absolute_weights, resolve_criterion
 from sapwood.pruning.masks import MaskSet
 from sapwood.pruning.pruner import Pruner
-from sapwood.pruning.recipe import Recipe, RecipeOptions
+from sapwood.pruning.recipe import RecipeOptions, TrainingRecipe
 from sapwood.pruning.schedules import Cubic, Linear, Position, Schedule
 from sapwood.pruning.select import select
 from sapwood.pruning.train_config import TrainConfig
-from sapwood.pruning.training import PruningResult
+from sapwood.pruning.training import Data
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -119,7 +119,7 @@ def prune(
     return chosen
 
 
-class ProgressiveMagnitude(Recipe):
+class ProgressiveMagnitude(TrainingRecipe):
     """Progressive magnitude pruning: one training run that ends sparse.
 
     The sparsity rises along the schedule while the network trains; what is small by then goes, the
@@ -190,26 +190,9 @@ class ProgressiveMagnitude(Recipe):
         self.every = every
         self.monotone = monotone
 
-    def fit(self, model: nn.Module, train: Any, val: Any) -> PruningResult:
-        """Trains the model in place, on the configured device.
-
-        Args:
-            model: the model, freshly initialised or pretrained.
-            train: a DataLoader of (X, y), or a pair of tensors X: (rows, ...), y: (rows, ...).
-            val: the same, for the metric after each epoch.
-
-        Returns:
-            Model, masks, history and report; also kept as ``model_``, ``masks_`` and ``result_``.
-
-        Raises:
-            ValueError: if the data are empty or differ in length, a weight becomes NaN, or the
-                checkpoint is of another run.
-            TypeError: if the data are neither a loader nor a pair.
-            MaskMatchError: if a rule matches nothing.
-        """
-        return self._finish(self._open(model, train, val).run("train", self._pruner))
-
-    def _pruner(self, model: nn.Module, total_steps: int, epoch_steps: int) -> Pruner | None:
+    def _pruner(
+        self, model: nn.Module, train: Data, total_steps: int, epoch_steps: int
+    ) -> Pruner | None:
         if self.sparsity is None:
             return None
         return Pruner(
