@@ -1,0 +1,253 @@
+// The k best candidates of every query. Each query has a buffer of a few more than k entries; when it
+// is full, the k-th best so far becomes the bound below which nothing is looked at. All that lies
+// within the rounding error of a bound is kept and ranked in double at the end, so the result does
+// not depend on the order of the tiles or on who computed them: x with itself needs half the tiles,
+// each serving its rows and its columns.
+#pragma once
+
+#include <mutex>
+
+#include "similarity/cpu_scan.h"
+
+namespace sapwood::similarity {
+
+// Buffers of `count` queries, the first of which is query `first`.
+template <class T>
+class Best {
+ public:
+  Best(const Problem<T>& p, int64_t first, int64_t count, int64_t k)
+      : p_(p),
+        first_(first),
+        k_(k),
+        capacity_(std::min(p.candidates().n, k + std::max<int64_t>(16, k / 2))),
+        values_(count * capacity_),
+        columns_(count * capacity_),
+        used_(static_cast<size_t>(count), 0),
+        bound_(static_cast<size_t>(count), -std::numeric_limits<T>::infinity()) {}
+
+  T bound(int64_t row) const { return bound_[static_cast<size_t>(row)]; }
+  int64_t used(int64_t row) const { return used_[static_cast<size_t>(row)]; }
+  T value(int64_t row, int64_t e) const { return values_.get()[row * capacity_ + e]; }
+  int32_t column(int64_t row, int64_t e) const { return columns_.get()[row * capacity_ + e]; }
+
+  // Starts anew, for other queries, from bounds that are known already.
+  void reset(int64_t first, int64_t row, T bound) {
+    first_ = first;
+    used_[static_cast<size_t>(row)] = 0;
+    bound_[static_cast<size_t>(row)] = bound;
+  }
+
+  // Values below bound - slack can be left out: the product that set the bound may be too large by
+  // the error of the heaviest candidate, the value itself too small by that of its own.
+  double slack(int64_t row, double other_weight) const {
+    const double weight = p_.query_weight(first_ + row);
+    return p_.tolerance()(weight, p_.largest_weight()) + p_.tolerance()(weight, other_weight);
+  }
+
+  void push(int64_t row, int64_t column, T value) {
+    int64_t& used = used_[static_cast<size_t>(row)];
+    if (key(value) < limit(row)) return;
+    if (used == capacity_) {
+      compact(row);
+      if (key(value) < limit(row)) return;
+    }
+    values_.get()[row * capacity_ + used] = value;
+    columns_.get()[row * capacity_ + used] = static_cast<int32_t>(column);
+    ++used;
+  }
+
+  // The entries of a query, best first, at most k; exact where the problem asks for it.
+  void rank(int64_t row) {
+    load(row, p_.recheck);
+    const auto kept = std::min(static_cast<int64_t>(ranked_.size()), k_);
+    std::partial_sort(ranked_.begin(), ranked_.begin() + kept, ranked_.end(), better);
+    ranked_.resize(static_cast<size_t>(kept));
+  }
+
+  struct Entry {
+    double key, value;
+    int32_t column;
+    T product;
+  };
+  const std::vector<Entry>& ranked() const { return ranked_; }
+
+ private:
+  static bool better(const Entry& a, const Entry& b) {
+    return a.key != b.key ? a.key > b.key : a.column < b.column;
+  }
+
+  double key(T value) const { return p_.key(static_cast<double>(value)); }
+  double limit(int64_t row) const {
+    return static_cast<double>(bound(row)) - slack(row, p_.largest_weight());
+  }
+
+  void load(int64_t row, bool exactly) {
+    ranked_.clear();
+    for (int64_t e = 0; e < used(row); ++e) {
+      const T product = value(row, e);
+      const double v = exactly ? p_.exact(first_ + row, column(row, e))
+                               : static_cast<double>(product);
+      ranked_.push_back({p_.key(v), v, column(row, e), product});
+    }
+  }
+
+  void store(int64_t row, double lowest) {
+    int64_t& used = used_[static_cast<size_t>(row)];
+    used = 0;
+    for (const Entry& entry : ranked_) {
+      if (entry.key < lowest) continue;
+      values_.get()[row * capacity_ + used] = entry.product;
+      columns_.get()[row * capacity_ + used] = entry.column;
+      ++used;
+    }
+  }
+
+  // Makes room. Where too many entries are as good as the k-th, they are told apart exactly.
+  void compact(int64_t row) {
+    load(row, false);
+    std::nth_element(ranked_.begin(), ranked_.begin() + (k_ - 1), ranked_.end(), better);
+    T& bound = bound_[static_cast<size_t>(row)];
+    bound = std::max(bound, round_down<T>(ranked_[static_cast<size_t>(k_ - 1)].key));
+    store(row, limit(row));
+    if (used(row) <= k_ + (capacity_ - k_) / 2) return;
+    load(row, p_.recheck);
+    std::nth_element(ranked_.begin(), ranked_.begin() + (k_ - 1), ranked_.end(), better);
+    bound = std::max(bound, round_down<T>(ranked_[static_cast<size_t>(k_ - 1)].key));
+    ranked_.resize(static_cast<size_t>(k_));
+    store(row, -std::numeric_limits<double>::infinity());
+  }
+
+  const Problem<T>& p_;
+  int64_t first_;
+  const int64_t k_, capacity_;
+  Buffer<T> values_;
+  Buffer<int32_t> columns_;
+  std::vector<int64_t> used_;
+  std::vector<T> bound_;
+  std::vector<Entry> ranked_;
+};
+
+template <class T>
+class TopkSearch {
+ public:
+  TopkSearch(const Problem<T>& p, int64_t k, bool include_self)
+      : p_(p),
+        include_self_(include_self),
+        k_(std::min(k, p.candidates().n)),
+        group_(p.tile.columns),
+        best_(p, 0, k_ > 0 ? p.queries.n : 0, std::max<int64_t>(1, k_)),
+        locks_(static_cast<size_t>(p.queries.n / group_ + 1)) {}
+
+  // values and indices (N, k), padded with -inf and -1.
+  void run(int64_t k, T* values, int64_t* indices) {
+    if (k_ > 0) search();
+    constexpr int64_t kChunk = 64;
+    const int64_t chunks = (p_.queries.n + kChunk - 1) / kChunk;
+    parallel_dynamic(chunks, p_.workers(chunks), [&](int64_t, int64_t c) {
+      Best<T> own(p_, 0, 1, std::max<int64_t>(1, k_));
+      for (int64_t i = c * kChunk; i < std::min(p_.queries.n, (c + 1) * kChunk); ++i) {
+        write(own, i, k, values + i * k, indices + i * k);
+      }
+    });
+  }
+
+ private:
+  void search() {
+    const std::vector<Task> tasks = tasks_of(p_);
+    const auto count = static_cast<int64_t>(tasks.size());
+    const auto workers = static_cast<size_t>(p_.workers(count));
+    std::vector<std::unique_ptr<Scanner<T>>> scanners(workers);
+    std::vector<std::unique_ptr<Best<T>>> owned(workers);
+    parallel_dynamic(count, p_.workers(count), [&](int64_t worker, int64_t t) {
+      auto& scanner = scanners[static_cast<size_t>(worker)];
+      auto& own = owned[static_cast<size_t>(worker)];
+      if (!scanner) {
+        scanner = std::make_unique<Scanner<T>>(p_);
+        own = std::make_unique<Best<T>>(p_, 0, rows_per_strip(p_), k_);
+      }
+      run_task(*scanner, *own, tasks[static_cast<size_t>(t)]);
+    });
+  }
+
+  struct Hit {
+    int64_t row, column;
+    T value;
+  };
+
+  void run_task(Scanner<T>& scanner, Best<T>& own, const Task& task) {
+    scanner.load(task.strip);
+    const int64_t first = scanner.first_row(), rows = scanner.row_count();
+    double heaviest = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const std::lock_guard lock(lock_of(first + r));
+      own.reset(first, r, best_.bound(first + r));
+      heaviest = std::max(heaviest, p_.query_weight(first + r));
+    }
+    std::vector<Hit> for_columns;
+    for (int64_t panel = task.first_panel; panel < task.last_panel; ++panel) {
+      set_limits(scanner, own, panel, heaviest);
+      for_columns.clear();
+      scanner.each_candidate(panel, [&](int64_t r, int64_t i, int64_t j, T value) {
+        if (p_.self && i == j) {
+          if (include_self_) own.push(r, j, value);
+          return;
+        }
+        own.push(r, j, value);
+        if (p_.self) for_columns.push_back({j, i, value});
+      });
+      if (for_columns.empty()) continue;
+      const std::lock_guard lock(lock_of(panel * group_));
+      for (const Hit& hit : for_columns) best_.push(hit.row, hit.column, hit.value);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const std::lock_guard lock(lock_of(first + r));
+      for (int64_t e = 0; e < own.used(r); ++e) {
+        best_.push(first + r, own.column(r, e), own.value(r, e));
+      }
+    }
+  }
+
+  void set_limits(Scanner<T>& scanner, const Best<T>& own, int64_t panel, double heaviest) {
+    for (int64_t r = 0; r < scanner.row_count(); ++r) {
+      const double limit =
+          static_cast<double>(own.bound(r)) - own.slack(r, p_.panel_weight(panel));
+      scanner.row_limit[static_cast<size_t>(r)] = round_down<T>(limit);
+    }
+    if (!p_.self) return;
+    const int64_t begin = panel * group_, columns = std::min(group_, p_.queries.n - begin);
+    const std::lock_guard lock(lock_of(begin));
+    for (int64_t c = 0; c < columns; ++c) {
+      const double limit =
+          static_cast<double>(best_.bound(begin + c)) - best_.slack(begin + c, heaviest);
+      scanner.column_limit[static_cast<size_t>(c)] = round_down<T>(limit);
+    }
+  }
+
+  std::mutex& lock_of(int64_t query) { return locks_[static_cast<size_t>(query / group_)]; }
+
+  // Ranks query i in a buffer of the caller's, and writes its row.
+  void write(Best<T>& own, int64_t i, int64_t k, T* values, int64_t* indices) const {
+    own.reset(i, 0, -std::numeric_limits<T>::infinity());
+    for (int64_t e = 0; k_ > 0 && e < best_.used(i); ++e) {
+      own.push(0, best_.column(i, e), best_.value(i, e));
+    }
+    own.rank(0);
+    const auto found = static_cast<int64_t>(own.ranked().size());
+    for (int64_t e = 0; e < k; ++e) {
+      const bool present = e < found;
+      const auto& ranked = own.ranked();
+      values[e] = present ? static_cast<T>(p_.unscaled(ranked[static_cast<size_t>(e)].value))
+                          : -std::numeric_limits<T>::infinity();
+      indices[e] = present ? ranked[static_cast<size_t>(e)].column : -1;
+    }
+  }
+
+  const Problem<T>& p_;
+  const bool include_self_;
+  const int64_t k_;
+  const int64_t group_;  // queries that share a lock: those of one panel
+  Best<T> best_;
+  std::vector<std::mutex> locks_;
+};
+
+}  // namespace sapwood::similarity
