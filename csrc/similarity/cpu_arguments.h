@@ -8,7 +8,7 @@
 #include <string>
 
 #include "common/checks.h"
-#include "similarity/kernel.h"
+#include "similarity/problem.h"
 
 namespace sapwood::similarity {
 

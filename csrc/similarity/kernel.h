@@ -18,15 +18,9 @@
 #include <type_traits>
 
 #include "common/simd.h"
+#include "similarity/problem.h"
 
 namespace sapwood::similarity {
-
-// dot; rows scaled to norm 1; the same after centring each row; minus the squared distance.
-enum class Kind { dot, cosine, correlation, euclidean };
-
-inline bool is_unit(Kind kind) {
-  return kind == Kind::cosine || kind == Kind::correlation;
-}
 
 // How a row enters a product: (x * scale - mean) * inverse. A row without direction (zero, constant
 // under correlation, or not finite) has inverse 0.

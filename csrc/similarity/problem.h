@@ -6,9 +6,14 @@
 #include <cstdint>
 #include <limits>
 
-#include "similarity/kernel.h"
-
 namespace sapwood::similarity {
+
+// dot; rows scaled to norm 1; the same after centring each row; minus the squared distance.
+enum class Kind { dot, cosine, correlation, euclidean };
+
+inline bool is_unit(Kind kind) {
+  return kind == Kind::cosine || kind == Kind::correlation;
+}
 
 // |fast - exact| <= relative * size + absolute, where the size of a pair is
 //   1                    for rows of norm 1

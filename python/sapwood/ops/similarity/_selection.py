@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sapwood import _backend, _check
-from sapwood.ops.similarity import _checks, _specs, _triton
+from sapwood.ops.similarity import _checks, _gradients, _specs, _triton
 from sapwood.reference import similarity as reference
 
 _ON_OVERFLOW = ("warn", "raise")
@@ -28,6 +28,10 @@ def _backends(op: str) -> tuple[_backend.Backend, ...]:
 _PAIRS = _backends("similarity_pairs")
 _TOPK = _backends("similarity_topk")
 _CLUSTERS = _backends("similarity_clusters")
+
+
+def _detached(y: Tensor | None) -> Tensor | None:
+    return None if y is None else y.detach()
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,12 @@ def similarity_pairs(
     _checks.warn_about_rows(op, kind, check_finite, x, y)
     chosen = _backend.choose(op, _PAIRS, x, y, limit)
     most = -1 if max_pairs is None else max_pairs
-    found = chosen.run(x, y, limit, kind, absolute, include_self, most, recheck)
-    pairs = Pairs(*found[:3], (len(x), len(x if y is None else y)), found[3])
+    row, col, value, truncated = chosen.run(
+        x.detach(), _detached(y), limit, kind, absolute, include_self, most, recheck
+    )
+    if _gradients.wanted(x, y):
+        value = _gradients.attach(value, x, y, row, col, kind)
+    pairs = Pairs(row, col, value, (len(x), len(x if y is None else y)), truncated)
     if max_pairs is not None and not torch.compiler.is_compiling() and pairs.truncated:
         _report_overflow(pairs, max_pairs, on_overflow)
     return pairs
@@ -197,7 +205,13 @@ def similarity_topk(
         _check.fail(ValueError, op, "k", "be at least 1", k)
     _checks.warn_about_rows(op, kind, check_finite, x, y)
     chosen = _backend.choose(op, _TOPK, x, y, k)
-    values, indices = chosen.run(x, y, k, kind, absolute, include_self, recheck)
+    values, indices = chosen.run(
+        x.detach(), _detached(y), k, kind, absolute, include_self, recheck
+    )
+    if _gradients.wanted(x, y):
+        row = torch.arange(len(x), device=x.device).repeat_interleave(k)
+        flat = _gradients.attach(values.flatten(), x, y, row, indices.flatten(), kind)
+        values = flat.view_as(values)
     return values, indices
 
 
@@ -243,5 +257,5 @@ def similarity_clusters(
     limit = _checks.threshold(op, threshold)
     _checks.warn_about_rows(op, kind, check_finite, x)
     chosen = _backend.choose(op, _CLUSTERS, x, limit)
-    labels: Tensor = chosen.run(x, limit, kind, absolute)
+    labels: Tensor = chosen.run(x.detach(), limit, kind, absolute)
     return labels

@@ -93,90 +93,6 @@ def _no_vmap(call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *arg
     )
 
 
-def _setup_similarity_pairs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, y, _, ctx.kind = inputs[:4]
-    row, col, _, truncated = output
-    ctx.mark_non_differentiable(row, col, truncated)
-    ctx.save_for_backward(x, y, row, col)
-
-
-def _through_pairs(
-    x: Tensor, y: Tensor | None, row: Tensor, col: Tensor, kind: str, grad: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of sum(grad * value) at fixed pairs; gathers and sums by index, nothing N x M."""
-    x, candidates = reference.widened(x), reference.widened(x if y is None else y)
-    if kind in reference.UNIT_KINDS:
-        unit_x = row_normalize(x, kind)
-        unit_y = unit_x if y is None else row_normalize(candidates, kind)
-    else:
-        unit_x, unit_y = (
-            torch.where(reference.finite_rows(t)[:, None], t, 0.0) for t in (x, candidates)
-        )
-    a, b = unit_x[row], unit_y[col]  # (E, K)
-    weight = grad[:, None].to(a.dtype)
-    if kind == "euclidean":
-        finite_x, finite_y = reference.finite_rows(x), reference.finite_rows(candidates)
-        apart = torch.where((finite_x[row] & finite_y[col])[:, None], a - b, 0.0)
-        through_a, through_b = -2 * weight * apart, 2 * weight * apart
-    else:
-        through_a, through_b = weight * b, weight * a
-    grad_x = _sum_rows(through_a, row, len(x))
-    grad_y = _sum_rows(through_b, col, len(candidates))
-    if kind in reference.UNIT_KINDS:
-        grad_x = _through_normalize(x, unit_x, kind, grad_x)
-        grad_y = _through_normalize(candidates, unit_y, kind, grad_y)
-    elif kind == "dot":
-        grad_x = torch.where(reference.finite_rows(x)[:, None], grad_x, 0.0)
-        grad_y = torch.where(reference.finite_rows(candidates)[:, None], grad_y, 0.0)
-    if y is None:
-        return grad_x + grad_y, None
-    return grad_x, grad_y
-
-
-class _Saved:
-    """What the derivative of row_normalize reads of its context."""
-
-    needs_input_grad = (True, False)
-
-    def __init__(self, x: Tensor, unit: Tensor, kind: str) -> None:
-        self.saved_tensors, self.kind = (x, unit), kind
-
-
-def _through_normalize(x: Tensor, unit: Tensor, kind: str, grad: Tensor) -> Tensor:
-    through, _ = _backward_row_normalize(_Saved(x, unit, kind), grad)
-    assert through is not None
-    return through
-
-
-def _sum_rows(terms: Tensor, index: Tensor, count: int) -> Tensor:
-    """out[i] = the sum of terms[e] with index[e] == i, in the order of e."""
-    zeros = terms.new_zeros(count, terms.shape[1])
-    if terms.device.type == "cpu":
-        return zeros.index_add(0, index, terms)
-    return zeros.index_put((index,), terms, accumulate=True)  # sorts: the order is fixed on GPUs too
-
-
-def _backward_similarity_pairs(
-    ctx: Any, grad_row: Any, grad_col: Any, grad: Tensor, grad_truncated: Any
-) -> tuple[Tensor | None, ...]:
-    x, y, row, col = ctx.saved_tensors
-    grad_x, grad_y = _through_pairs(x, y, row, col, ctx.kind, grad)
-    return _only_needed(ctx, x, y, grad_x, grad_y)
-
-
-def _only_needed(
-    ctx: Any, x: Tensor, y: Tensor | None, grad_x: Tensor | None, grad_y: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Drops what no input asked for, and rounds to the inputs' types."""
-    need_x, need_y = ctx.needs_input_grad[:2]
-    rest = (None,) * (len(ctx.needs_input_grad) - 2)
-    return (
-        grad_x.to(x.dtype) if need_x and grad_x is not None else None,
-        grad_y.to(x.dtype) if need_y and grad_y is not None else None,
-        *rest,
-    )
-
-
 similarity_pairs = define_op(
     OpSpec(
         "similarity_pairs",
@@ -184,8 +100,6 @@ similarity_pairs = define_op(
         fake=_fake_similarity_pairs,
         reference=reference.similarity_pairs,
         vmap=_no_vmap,
-        setup=_setup_similarity_pairs,
-        backward=_backward_similarity_pairs,
     )
 )
 
@@ -202,29 +116,6 @@ def _fake_similarity_topk(
     )
 
 
-def _setup_similarity_topk(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, y, _, ctx.kind = inputs[:4]
-    _, indices = output
-    ctx.mark_non_differentiable(indices)
-    ctx.save_for_backward(x, y, indices)
-
-
-def _backward_similarity_topk(
-    ctx: Any, grad: Tensor, grad_indices: Any
-) -> tuple[Tensor | None, ...]:
-    x, y, indices = ctx.saved_tensors
-    n, k = indices.shape
-    row = torch.arange(n, device=x.device)[:, None].expand(n, k).reshape(-1)
-    col, flat = indices.reshape(-1), grad.reshape(-1)
-    padding = col < 0
-    if len(x if y is None else y) == 0:
-        row, col, flat = row[:0], col[:0], flat[:0]
-    else:
-        col, flat = col.clamp_min(0), torch.where(padding, 0.0, flat)
-    grad_x, grad_y = _through_pairs(x, y, row, col, ctx.kind, flat)
-    return _only_needed(ctx, x, y, grad_x, grad_y)
-
-
 similarity_topk = define_op(
     OpSpec(
         "similarity_topk",
@@ -232,8 +123,6 @@ similarity_topk = define_op(
         fake=_fake_similarity_topk,
         reference=reference.similarity_topk,
         vmap=loop_over_batch,
-        setup=_setup_similarity_topk,
-        backward=_backward_similarity_topk,
     )
 )
 
