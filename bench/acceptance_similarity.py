@@ -109,7 +109,9 @@ def pairs(rounds: int) -> Iterator[Point]:
     yield Point("10 time / X @ X.T + nonzero", 0.65, ours / times["allocating"], "x", note)
     yield Point("10 the same, stretch", 0.30, ours / times["allocating"])
     note = f"against {times['buffer']:.2f} s"
-    yield Point("10 time / the same into a buffer, stretch", 0.55, ours / times["buffer"], "x", note)
+    yield Point(
+        "10 time / the same into a buffer, stretch", 0.55, ours / times["buffer"], "x", note
+    )
 
 
 def memory(rounds: int) -> Iterator[Point]:
@@ -144,9 +146,7 @@ def topk(rounds: int) -> Iterator[Point]:
             torch.topk(unit[first : first + size] @ unit.T, 10)
 
     calls = {f"{c}": (lambda c=c: chunked(c)) for c in (256, 1024, 4096)}
-    times = fastest(
-        {**calls, "sapwood": lambda: sapwood.ops.similarity_topk(x, 10)}, rounds
-    )
+    times = fastest({**calls, "sapwood": lambda: sapwood.ops.similarity_topk(x, 10)}, rounds)
     best = min(times[c] for c in calls)
     note = f"{times['sapwood']:.2f} s against {best:.2f} s"
     yield Point("12 k = 10, time / best chunked topk", 0.85, times["sapwood"] / best, "x", note)

@@ -53,7 +53,7 @@ def samples(make: Callable[..., tuple[Any, ...]]) -> list[Sample]:
 class TestRowNormalize(DifferentiableBattery):
     name = "row_normalize"
     vmappable = (0,)
-    samples = [
+    samples = (
         Sample("4x5", (torch.randn(4, 5), "cosine"), (0,), frozenset({"main"})),
         Sample("3x4", (torch.randn(3, 4), "correlation"), (0,)),
         Sample("2x7", (torch.randn(2, 7), "correlation"), (0,)),
@@ -65,7 +65,7 @@ class TestRowNormalize(DifferentiableBattery):
             for kind in reference.UNIT_KINDS
         ),
         Sample("3x0", (torch.randn(3, 0), "cosine")),
-    ]
+    )
 
     def reduction(self, args: tuple[Any, ...]) -> int:
         return max(4, int(args[0].shape[1]))
@@ -113,13 +113,24 @@ class SelectionBattery(OpBattery):
 class TestSimilarityPairs(SelectionBattery):
     name = "similarity_pairs"
     kind_at = 3
-    samples = [
-        *samples(lambda x, y, kind: (x, y, -5.0 if kind == "euclidean" else 0.3, kind, False, False, -1, True)),
+    samples = (
+        *samples(
+            lambda x, y, kind: (
+                x,
+                y,
+                -5.0 if kind == "euclidean" else 0.3,
+                kind,
+                False,
+                False,
+                -1,
+                True,
+            )
+        ),
         Sample("absolute", (rows(40, 9), None, 0.5, "cosine", True, False, -1, True)),
         Sample("with-self", (rows(40, 9), None, 0.5, "cosine", False, True, -1, True)),
         Sample("truncated", (rows(40, 9), None, 0.2, "cosine", False, False, 7, True)),
         Sample("no-recheck", (rows(40, 9), None, 0.21, "cosine", False, False, -1, False)),
-    ]
+    )
 
     def judge(
         self,
@@ -152,14 +163,17 @@ class TestSimilarityTopk(SelectionBattery, TraceableBattery):
     name = "similarity_topk"
     kind_at = 3
     vmappable = (0, 1)
-    samples = [
+    samples = (
         *samples(lambda x, y, kind: (x, y, 4, kind, False, False, True)),
         Sample("absolute", (rows(40, 9), None, 5, "cosine", True, False, True)),
         Sample("with-self", (rows(40, 9), None, 1, "cosine", False, True, True)),
         Sample("more-than-there-are", (rows(5, 9), rows(3, 9), 7, "dot", False, False, True)),
         Sample("no-recheck", (rows(40, 9), None, 3, "cosine", False, False, False)),
-        *(Sample(f"k={k}", (rows(200, 6), None, k, "cosine", False, False, True)) for k in (32, 33, 100, 200)),
-    ]
+        *(
+            Sample(f"k={k}", (rows(200, 6), None, k, "cosine", False, False, True))
+            for k in (32, 33, 100, 200)
+        ),
+    )
 
     def judge(
         self,
@@ -177,7 +191,7 @@ class TestSimilarityTopk(SelectionBattery, TraceableBattery):
         if not s.numel() or not len(indices):
             return
         chosen = s.gather(1, indices.clamp_min(0))
-        key = (lambda t: t.abs()) if args[4] else (lambda t: t)  # noqa: E731
+        key = (lambda t: t.abs()) if args[4] else (lambda t: t)
         difference = (key(chosen) - key(wanted)).abs()[present]
         assert not difference.numel() or float(difference.max()) <= 1e-12 * largest
         assert all(len(set(r.tolist())) == len(r) for r in (i[i >= 0] for i in indices))
@@ -188,7 +202,7 @@ class TestSimilarityTopk(SelectionBattery, TraceableBattery):
 class TestSimilarityClusters(TraceableBattery):
     name = "similarity_clusters"
     exact = True
-    samples = [
+    samples = (
         Sample("main", (rows(19, 12), 0.4, "cosine", False), tags=frozenset({"main"})),
         *(
             Sample(f"{n}x{k}-{t}", (rows(n, k), t, "correlation" if k > 2 else "cosine", False))
@@ -197,4 +211,4 @@ class TestSimilarityClusters(TraceableBattery):
         ),
         Sample("absolute", (rows(60, 5), 0.9, "cosine", True)),
         Sample("euclidean", (rows(60, 5), -3.0, "euclidean", False)),
-    ]
+    )

@@ -18,7 +18,7 @@ from tests.test_similarity import KINDS, rows
 UNIT = reference.UNIT_KINDS
 
 
-# the matrix -----------------------------------------------------------------------------------------
+# the matrix ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -31,7 +31,9 @@ def test_matrix_against_the_reference(kind: str, dtype: torch.dtype, bound: floa
         wanted = reference.similarity_matrix(x.double(), other.double(), kind, False)
         got = ops.similarity_matrix(x, None if other is x else other, kind=kind)
         assert got.dtype == dtype
-        assert float((got.double() - wanted).abs().max()) <= bound * max(1, float(wanted.abs().max()))
+        assert float((got.double() - wanted).abs().max()) <= bound * max(
+            1, float(wanted.abs().max())
+        )
     magnitudes = ops.similarity_matrix(x, y, kind=kind, absolute=True)
     assert torch.equal(magnitudes, ops.similarity_matrix(x, y, kind=kind).abs())
 
@@ -58,12 +60,10 @@ def test_matrix_of_batches() -> None:
     x, y = torch.randn(2, 3, 7, 5), torch.randn(2, 3, 4, 5)
     s = ops.similarity_matrix(x, y, kind="correlation")
     assert s.shape == (2, 3, 7, 4)
-    torch.testing.assert_close(
-        s[1, 2], ops.similarity_matrix(x[1, 2], y[1, 2], kind="correlation")
-    )
+    torch.testing.assert_close(s[1, 2], ops.similarity_matrix(x[1, 2], y[1, 2], kind="correlation"))
 
 
-# conventions ----------------------------------------------------------------------------------------
+# conventions --------------------------------------------------------------------------------------
 
 
 def special(dtype: torch.dtype) -> Tensor:
@@ -136,7 +136,7 @@ def test_thresholds_closer_to_one_than_float32_can_tell() -> None:
     assert torch.equal(torch.stack([pairs.row, pairs.col], 1), (s >= threshold).triu(1).nonzero())
 
 
-# pairs ----------------------------------------------------------------------------------------------
+# pairs --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 255, 256, 257])
@@ -180,7 +180,7 @@ def test_pairs_as_csr() -> None:
     torch.testing.assert_close(pairs.to_csr().to_dense(), dense)
 
 
-# clusters -------------------------------------------------------------------------------------------
+# clusters -----------------------------------------------------------------------------------------
 
 
 def test_clusters_are_scipys_components() -> None:
@@ -204,7 +204,7 @@ def test_a_chain_across_tiles_is_one_cluster() -> None:
     assert int(ops.similarity_clusters(x, threshold=0.9999996).max()) == 899
 
 
-# gradients ------------------------------------------------------------------------------------------
+# gradients ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -281,7 +281,7 @@ def test_compile_of_the_matrix() -> None:
     torch.testing.assert_close(compiled(x), ops.similarity_matrix(x))
 
 
-# errors ---------------------------------------------------------------------------------------------
+# errors -------------------------------------------------------------------------------------------
 
 X = torch.randn(4, 3)
 

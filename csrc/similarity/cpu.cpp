@@ -2,10 +2,10 @@
 #include <tuple>
 
 #include "common/registry.h"
+#include "similarity/cpu_arguments.h"
 #include "similarity/cpu_clusters.h"
 #include "similarity/cpu_pairs.h"
 #include "similarity/cpu_topk.h"
-#include "similarity/cpu_arguments.h"
 
 namespace sapwood::similarity {
 namespace {

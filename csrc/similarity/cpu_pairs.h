@@ -78,7 +78,8 @@ class Progress {
 
   bool needed(int64_t task) {
     const std::lock_guard lock(mutex_);
-    return max_pairs_ < 0 || done_ <= max_pairs_ || tasks_[static_cast<size_t>(task)].strip < strip_;
+    return max_pairs_ < 0 || done_ <= max_pairs_ ||
+           tasks_[static_cast<size_t>(task)].strip < strip_;
   }
 
   void finished(int64_t task, int64_t count) {

@@ -147,17 +147,16 @@ class Problem {
   double exact(int64_t i, int64_t j) const {
     const Operand<T>& y = candidates();
     double result = 0;
-    SAPWOOD_ISA_CALL(exact_similarity(queries.x + i * k(), y.x + j * k(), k(),
-                                      queries.rows[static_cast<size_t>(i)],
-                                      y.rows[static_cast<size_t>(j)], kind == Kind::euclidean,
-                                      result));
+    SAPWOOD_ISA_CALL(exact_similarity(
+        queries.x + i * k(), y.x + j * k(), k(), queries.rows[static_cast<size_t>(i)],
+        y.rows[static_cast<size_t>(j)], kind == Kind::euclidean, result));
     return result;
   }
 
   void normalized(const Operand<T>& operand, int64_t i, T* to) const {
     const double* shift = kind == Kind::euclidean ? shift_.data() : nullptr;
-    SAPWOOD_ISA_CALL(normalize_row(operand.x + i * k(), to, k(),
-                                   operand.rows[static_cast<size_t>(i)], shift));
+    SAPWOOD_ISA_CALL(
+        normalize_row(operand.x + i * k(), to, k(), operand.rows[static_cast<size_t>(i)], shift));
   }
 
   // The squared norm of a shifted row; a row that is not finite is infinitely far from all.
@@ -222,8 +221,7 @@ class Problem {
             y.rows[static_cast<size_t>(first + i)].finite ? static_cast<T>(size)
                                                           : std::numeric_limits<T>::infinity();
       }
-      SAPWOOD_ISA_CALL(
-          pack_panel(rows.get(), count, k(), width, panels_->get() + p * width * k()));
+      SAPWOOD_ISA_CALL(pack_panel(rows.get(), count, k(), width, panels_->get() + p * width * k()));
     });
     if (weighted && !self) weigh_queries();
     largest_weight_ = weighted ? 0.0 : 1.0;

@@ -115,8 +115,7 @@ class Scanner {
 template <class T>
 class Decision {
  public:
-  Decision(const Problem<T>& p, double threshold)
-      : p_(p), threshold_(p.scaled(threshold)) {}
+  Decision(const Problem<T>& p, double threshold) : p_(p), threshold_(p.scaled(threshold)) {}
 
   // What a product must reach to be looked at: rows of a strip against the rows of a panel.
   void set_limits(Scanner<T>& scanner, int64_t panel) const {

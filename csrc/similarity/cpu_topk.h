@@ -85,8 +85,8 @@ class Best {
     ranked_.clear();
     for (int64_t e = 0; e < used(row); ++e) {
       const T product = value(row, e);
-      const double v = exactly ? p_.exact(first_ + row, column(row, e))
-                               : static_cast<double>(product);
+      const double v =
+          exactly ? p_.exact(first_ + row, column(row, e)) : static_cast<double>(product);
       ranked_.push_back({p_.key(v), v, column(row, e), product});
     }
   }
@@ -209,8 +209,7 @@ class TopkSearch {
 
   void set_limits(Scanner<T>& scanner, const Best<T>& own, int64_t panel, double heaviest) {
     for (int64_t r = 0; r < scanner.row_count(); ++r) {
-      const double limit =
-          static_cast<double>(own.bound(r)) - own.slack(r, p_.panel_weight(panel));
+      const double limit = static_cast<double>(own.bound(r)) - own.slack(r, p_.panel_weight(panel));
       scanner.row_limit[static_cast<size_t>(r)] = round_down<T>(limit);
     }
     if (!p_.self) return;

@@ -131,8 +131,8 @@ FoundPairs<T> find_pairs(const Search<T>& s, double threshold, int64_t max_pairs
     if (found.count <= capacity && (!found.truncated || pass > 0)) return found;
     capacity = found.count;
     if (!found.truncated) continue;
-    const Tensor ends = call("aten::cumsum", "", first(counts, s.x.n), int64_t{0},
-                             std::optional<ScalarType>());
+    const Tensor ends =
+        call("aten::cumsum", "", first(counts, s.x.n), int64_t{0}, std::optional<ScalarType>());
     const Tensor limit = torch::stable::new_empty(x, {2}, ScalarType::Long);
     launch_row_limit(input<int64_t>(ends), s.x.n, max_pairs, output<int64_t>(limit), stream);
     row_limit = read_back(input<int64_t>(limit), stream);

@@ -7,7 +7,7 @@
 namespace sapwood::similarity::device {
 
 inline constexpr int kTile = 64;
-inline constexpr int kDepth = 8;   // columns of the operands in shared memory at a time
+inline constexpr int kDepth = 8;  // columns of the operands in shared memory at a time
 inline constexpr int kPitch = kTile + 1;
 inline constexpr int kRowsPerThread = 8, kColumnsPerThread = 4;
 inline constexpr int kThreadColumns = kTile / kColumnsPerThread;

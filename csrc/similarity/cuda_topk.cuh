@@ -44,8 +44,8 @@ struct Heap {
   SAPWOOD_HD void sink(int64_t at, int64_t size) const {
     while (2 * at + 1 < size) {
       int64_t child = 2 * at + 1;
-      const bool right = child + 1 < size && worse(keys[child + 1], indices[child + 1],
-                                                   keys[child], indices[child]);
+      const bool right = child + 1 < size &&
+                         worse(keys[child + 1], indices[child + 1], keys[child], indices[child]);
       child += right;
       if (!worse(keys[child], indices[child], keys[at], indices[at])) return;
       swap(at, child);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t e = 0; active && e < lists.k; ++e) {
       const bool present = e < size;
       const int64_t j = present ? heap.indices[e] : -1;
-      const double value = !present      ? -static_cast<double>(INFINITY)
+      const double value = !present     ? -static_cast<double>(INFINITY)
                            : s.absolute ? s.exact(i, j)
                                         : heap.keys[e];
       values[i * lists.k + e] = static_cast<T>(value);

@@ -30,8 +30,7 @@ SAPWOOD_TARGET SAPWOOD_INLINE typename Registers<T>::type load_vector(const T* f
 // sums[r][v] over the depth; the order of additions is fixed, whatever surrounds the tile.
 template <class T>
 SAPWOOD_TARGET SAPWOOD_INLINE void multiply(const T* __restrict rows, const T* __restrict panel,
-                                            int64_t k,
-                                            typename Registers<T>::type (&sums)[14][2]) {
+                                            int64_t k, typename Registers<T>::type (&sums)[14][2]) {
   using R = Registers<T>;
 #pragma GCC unroll 16
   for (int r = 0; r < R::rows; ++r) sums[r][0] = sums[r][1] = typename R::type{};

@@ -116,9 +116,10 @@ def similarity_clusters(x: Tensor, threshold: float, kind: str, absolute: bool) 
 
 def linear_cka(x: Tensor, y: Tensor, debiased: bool) -> Tensor:
     """From the N x N Gram matrices, as the definition has it (Kornblith et al. 2019, eq. 1)."""
-    return hsic(x @ x.mT, y @ y.mT, debiased) / (
-        hsic(x @ x.mT, x @ x.mT, debiased) * hsic(y @ y.mT, y @ y.mT, debiased)
-    ).sqrt()
+    return (
+        hsic(x @ x.mT, y @ y.mT, debiased)
+        / (hsic(x @ x.mT, x @ x.mT, debiased) * hsic(y @ y.mT, y @ y.mT, debiased)).sqrt()
+    )
 
 
 def hsic(gram_x: Tensor, gram_y: Tensor, debiased: bool) -> Tensor:

@@ -102,6 +102,7 @@ def _matrix(x: Tensor, provider: str) -> Call:
     if provider == "sapwood":
         return lambda: sapwood.ops.similarity_matrix(x)
     if provider == "cdist":  # of normalised rows: cos = 1 - |a - b|^2 / 2
+
         def by_distance() -> Tensor:
             unit = F.normalize(x)
             return 1 - torch.cdist(unit, unit).square() / 2
@@ -124,7 +125,9 @@ def _pairs(x: Tensor, provider: str) -> Call:
 
         def by_radius() -> Any:
             index = neighbors.NearestNeighbors(radius=radius, algorithm="brute").fit(rows)
-            return _upper(*_from_csr(index.radius_neighbors_graph(mode="distance")), by_distance=True)
+            return _upper(
+                *_from_csr(index.radius_neighbors_graph(mode="distance")), by_distance=True
+            )
 
         return by_radius
     if provider == "faiss":

@@ -56,7 +56,8 @@ def warn_about_rows(op: str, kind: str, check_finite: bool, *tensors: Tensor | N
     if count:
         meaning = "-inf" if kind == "euclidean" else "0"
         warnings.warn(
-            f"sapwood.{op}: {count} rows hold NaN or inf; their similarity to all rows is {meaning}",
+            f"sapwood.{op}: {count} rows hold NaN or inf; "
+            f"their similarity to all rows is {meaning}",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -59,32 +59,20 @@ def _feature_terms(x: Tensor, y: Tensor, debiased: bool) -> tuple[Tensor, Tensor
         if debiased:
             for side, r in zip(norms, rows, strict=True):
                 side.append(r.square().sum(1))
-    squares = [_squared_norm(g) for g in grams if g is not None]
-    terms = [s if not debiased else s - _diagonal_part(norms, p) for s, p in zip(squares, pairs)]
+    terms = [_squared_norm(g) for g in grams if g is not None]
     if debiased:
-        terms = [t + _off_diagonal_part(norms, p, len(x)) for t, p in zip(terms, pairs)]
+        terms = [t + _correction(norms, p, len(x)) for t, p in zip(terms, pairs, strict=True)]
     return (terms[0],) * 3 if same else (terms[0], terms[1], terms[2])
 
 
-def _row_norms(norms: Sequence[Sequence[Tensor]], pair: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    return tuple(torch.cat(list(norms[side])).double() for side in pair)  # type: ignore[return-value]
+def _correction(norms: Sequence[Sequence[Tensor]], pair: tuple[int, int], n: int) -> Tensor:
+    """What takes |X^T Y|^2 to the unbiased HSIC (Song et al. 2012, eq. 5); rows sum to 0.
 
-
-def _diagonal_part(norms: Sequence[Sequence[Tensor]], pair: tuple[int, int]) -> Tensor:
-    k, m = _row_norms(norms, pair)
-    return k @ m
-
-
-def _off_diagonal_part(
-    norms: Sequence[Sequence[Tensor]], pair: tuple[int, int], n: int
-) -> Tensor:
-    """The last two terms of Song et al. 2012, eq. 5, for rows that sum to zero.
-
-    With k_i = |x_i|^2: the off-diagonal entries of a Gram matrix sum to -sum(k), those of its
-    column j to -k_j.
+    With k_i = |x_i|^2: the diagonals add k.m to the trace; the other entries of a Gram matrix sum to
+    -sum(k), those of its column j to -k_j.
     """
-    k, m = _row_norms(norms, pair)
-    return k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ m)
+    k, m = (torch.cat(list(norms[side])).double() for side in pair)
+    return k.sum() * m.sum() / ((n - 1) * (n - 2)) - (1 + 2 / (n - 2)) * (k @ m)
 
 
 def _gram_terms(x: Tensor, y: Tensor, debiased: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,9 +86,7 @@ def _gram_terms(x: Tensor, y: Tensor, debiased: bool) -> tuple[Tensor, Tensor, T
     )
 
 
-def _hsic_of_blocks(
-    blocks: Sequence[tuple[Tensor, Tensor]], n: int, debiased: bool
-) -> Tensor:
+def _hsic_of_blocks(blocks: Sequence[tuple[Tensor, Tensor]], n: int, debiased: bool) -> Tensor:
     """HSIC up to its common factor, from blocks of rows of two Gram matrices."""
     trace = torch.zeros((), dtype=torch.float64, device=blocks[0][0].device)
     rows_k, rows_m = [], []
@@ -186,15 +172,20 @@ def _rbf_block(rows: Tensor, x: Tensor, width: Tensor) -> Tensor:
 
 
 def _rbf_sums(
-    x: Tensor, y: Tensor, width_x: Tensor, width_y: Tensor, first: Tensor, count: int, debiased: bool
+    x: Tensor,
+    y: Tensor,
+    width_x: Tensor,
+    width_y: Tensor,
+    first: Tensor,
+    count: int,
+    debiased: bool,
 ) -> tuple[Tensor, ...]:
     """The traces of K M, K K and M M and the row sums of K and M, over a block of rows."""
-    at = int(first)
-    k = _rbf_block(x[at : at + count], x, width_x)
-    m = _rbf_block(y[at : at + count], y, width_y)
+    k = _rbf_block(x[first : first + count], x, width_x)
+    m = _rbf_block(y[first : first + count], y, width_y)
     if debiased:
         off = torch.ones_like(k)
-        off.diagonal(at).zero_()
+        off.diagonal(first).zero_()
         k, m = k * off, m * off
     traces = ((a * b).sum(dtype=torch.float64) for a, b in ((k, m), (k, k), (m, m)))
     return (*traces, k.sum(1, dtype=torch.float64), m.sum(1, dtype=torch.float64))
@@ -225,7 +216,7 @@ def kernel_cka(
         batch: rows of the Gram matrices at a time; by default about 64 MB of them.
 
     Returns:
-        A scalar tensor, float64 for float64 and else float32; differentiable (the bandwidth is not),
+        A scalar tensor, float64 for float64 and else float32. Differentiable, the bandwidth is not;
         the blocks are computed anew in the backward pass.
 
     Raises:
@@ -254,7 +245,7 @@ def kernel_cka(
     sums = []
     for at in range(0, n, size):
         count = min(size, n - at)
-        arguments = (x, y, *widths, torch.tensor(at), count, debiased)
+        arguments = (x, y, *widths, at, count, debiased)
         if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
             sums.append(checkpoint(_rbf_sums, *arguments, use_reentrant=False))
         else:

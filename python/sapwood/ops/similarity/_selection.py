@@ -61,7 +61,7 @@ class Pairs:
         return bool(self._truncated)
 
     def to_csr(self) -> Tensor:
-        """The pairs as a sparse CSR matrix (N, M); with one input only the upper triangle is set."""
+        """The pairs as a sparse CSR matrix (N, M); of one input only the upper triangle is set."""
         starts = torch.zeros(self.shape[0] + 1, dtype=torch.int64, device=self.row.device)
         starts[1:] = torch.bincount(self.row, minlength=self.shape[0]).cumsum(0)
         with warnings.catch_warnings():
@@ -205,9 +205,7 @@ def similarity_topk(
         _check.fail(ValueError, op, "k", "be at least 1", k)
     _checks.warn_about_rows(op, kind, check_finite, x, y)
     chosen = _backend.choose(op, _TOPK, x, y, k)
-    values, indices = chosen.run(
-        x.detach(), _detached(y), k, kind, absolute, include_self, recheck
-    )
+    values, indices = chosen.run(x.detach(), _detached(y), k, kind, absolute, include_self, recheck)
     if _gradients.wanted(x, y):
         row = torch.arange(len(x), device=x.device).repeat_interleave(k)
         flat = _gradients.attach(values.flatten(), x, y, row, indices.flatten(), kind)

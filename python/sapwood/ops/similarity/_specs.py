@@ -14,7 +14,7 @@ from sapwood.reference import similarity as reference
 FAMILY = "similarity"
 
 
-# row_normalize ------------------------------------------------------------------------------------
+# row_normalize ----------------------------------------------------------------------------------
 
 
 def _fake_row_normalize(x: Tensor, kind: str) -> Tensor:
@@ -66,7 +66,7 @@ row_normalize = define_op(
 )
 
 
-# similarity_pairs: how many pairs there are depends on the values -----------------------------------
+# similarity_pairs: how many pairs there are depends on the values ---------------------------------
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
@@ -104,12 +104,10 @@ similarity_pairs = define_op(
 )
 
 
-# similarity_topk ----------------------------------------------------------------------------------
+# similarity_topk --------------------------------------------------------------------------------
 
 
-def _fake_similarity_topk(
-    x: Tensor, y: Tensor | None, k: int, *_: Any
-) -> tuple[Tensor, Tensor]:
+def _fake_similarity_topk(x: Tensor, y: Tensor | None, k: int, *_: Any) -> tuple[Tensor, Tensor]:
     return (
         x.new_empty(x.shape[0], k, dtype=_result_dtype(x)),
         x.new_empty(x.shape[0], k, dtype=torch.int64),
@@ -127,7 +125,7 @@ similarity_topk = define_op(
 )
 
 
-# similarity_clusters ------------------------------------------------------------------------------
+# similarity_clusters ----------------------------------------------------------------------------
 
 
 def _fake_similarity_clusters(x: Tensor, threshold: float, kind: str, absolute: bool) -> Tensor:
