@@ -11,6 +11,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+import sapwood
 from sapwood import ops
 from sapwood.reference import similarity as reference
 from tests.test_similarity import KINDS, rows
@@ -152,6 +153,29 @@ def test_pairs_at_awkward_sizes(n: int, k: int) -> None:
         unsure = (s - threshold).abs() <= 1e-12
         assert not bool((((s >= threshold).triu(1) != got) & ~unsure.triu(1)).any())
         assert not len(value) or float((value.double() - s[row, col]).abs().max()) <= 2e-6
+
+
+@pytest.mark.parametrize("kind", ["cosine", "euclidean"])
+def test_results_do_not_depend_on_threads(threads: None, kind: str) -> None:
+    x = rows(3000, 24)  # worth several workers, many strips and panels
+    threshold = 0.6 if kind == "cosine" else -20.0
+    results = []
+    for count in (1, 2, 4, 4):
+        torch.set_num_threads(count)
+        results.append(
+            (
+                *ops.similarity_pairs(x, threshold=threshold, kind=kind),
+                *ops.similarity_topk(x, 10, kind=kind),
+                *ops.similarity_topk(x[:500], 40, x, kind=kind),
+                ops.similarity_clusters(x, threshold=threshold, kind=kind),
+            )
+        )
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+    s = reference.similarity_matrix(x[:300].double(), x.double(), kind, False)
+    s[torch.arange(300), torch.arange(300)] = -torch.inf
+    best, found = s.topk(10).values, s.gather(1, results[0][4][:300])
+    assert float((best - found).abs().max()) <= 1e-12 * float(best.abs().max())
 
 
 def test_max_pairs_keeps_the_first_ones() -> None:
@@ -355,7 +379,11 @@ def test_errors(call: object, kind: type[Exception], message: str) -> None:
 
 
 def test_explain() -> None:
-    with torch.no_grad():
-        explained = ops.explain("similarity_pairs", X, threshold=0.5)
-    assert explained.chosen == "native"
-    assert "reference" in str(ops.explain(ops.similarity_topk, X, 2))
+    assert sapwood.explain("similarity_pairs", X, threshold=0.5).chosen == "native"
+    assert sapwood.explain(ops.similarity_matrix, X).chosen == "native"
+    assert "reference" in str(sapwood.explain(ops.similarity_topk, X, 2))
+    with sapwood.backend("reference"):
+        explained = sapwood.explain(ops.similarity_clusters, X, threshold=0.5)
+        labels = ops.similarity_clusters(X, threshold=0.5)
+    assert explained.chosen == "reference"
+    assert torch.equal(labels, ops.similarity_clusters(X, threshold=0.5))

@@ -44,11 +44,19 @@ class Best {
     return p_.tolerance()(weight, p_.largest_weight()) + p_.tolerance()(weight, other_weight);
   }
 
-  void push(int64_t row, int64_t column, T value) {
+  struct Entry {
+    double key, value;
+    int32_t column;
+    T product;
+  };
+  using Entries = std::vector<Entry>;
+
+  // Queries may be served by several threads at a time, each with a scratch of its own.
+  void push(int64_t row, int64_t column, T value, Entries& scratch) {
     int64_t& used = used_[static_cast<size_t>(row)];
     if (key(value) < limit(row)) return;
     if (used == capacity_) {
-      compact(row);
+      compact(row, scratch);
       if (key(value) < limit(row)) return;
     }
     values_.get()[row * capacity_ + used] = value;
@@ -57,19 +65,12 @@ class Best {
   }
 
   // The entries of a query, best first, at most k; exact where the problem asks for it.
-  void rank(int64_t row) {
-    load(row, p_.recheck);
-    const auto kept = std::min(static_cast<int64_t>(ranked_.size()), k_);
-    std::partial_sort(ranked_.begin(), ranked_.begin() + kept, ranked_.end(), better);
-    ranked_.resize(static_cast<size_t>(kept));
+  void rank(int64_t row, Entries& ranked) const {
+    load(row, p_.recheck, ranked);
+    const auto kept = std::min(static_cast<int64_t>(ranked.size()), k_);
+    std::partial_sort(ranked.begin(), ranked.begin() + kept, ranked.end(), better);
+    ranked.resize(static_cast<size_t>(kept));
   }
-
-  struct Entry {
-    double key, value;
-    int32_t column;
-    T product;
-  };
-  const std::vector<Entry>& ranked() const { return ranked_; }
 
  private:
   static bool better(const Entry& a, const Entry& b) {
@@ -81,20 +82,20 @@ class Best {
     return static_cast<double>(bound(row)) - slack(row, p_.largest_weight());
   }
 
-  void load(int64_t row, bool exactly) {
-    ranked_.clear();
+  void load(int64_t row, bool exactly, Entries& entries) const {
+    entries.clear();
     for (int64_t e = 0; e < used(row); ++e) {
       const T product = value(row, e);
       const double v =
           exactly ? p_.exact(first_ + row, column(row, e)) : static_cast<double>(product);
-      ranked_.push_back({p_.key(v), v, column(row, e), product});
+      entries.push_back({p_.key(v), v, column(row, e), product});
     }
   }
 
-  void store(int64_t row, double lowest) {
+  void store(int64_t row, double lowest, const Entries& entries) {
     int64_t& used = used_[static_cast<size_t>(row)];
     used = 0;
-    for (const Entry& entry : ranked_) {
+    for (const Entry& entry : entries) {
       if (entry.key < lowest) continue;
       values_.get()[row * capacity_ + used] = entry.product;
       columns_.get()[row * capacity_ + used] = entry.column;
@@ -102,19 +103,23 @@ class Best {
     }
   }
 
-  // Makes room. Where too many entries are as good as the k-th, they are told apart exactly.
-  void compact(int64_t row) {
-    load(row, false);
-    std::nth_element(ranked_.begin(), ranked_.begin() + (k_ - 1), ranked_.end(), better);
+  // Brings the k best to the front and raises the bound to the k-th.
+  void raise_bound(int64_t row, Entries& entries) {
+    std::nth_element(entries.begin(), entries.begin() + (k_ - 1), entries.end(), better);
     T& bound = bound_[static_cast<size_t>(row)];
-    bound = std::max(bound, round_down<T>(ranked_[static_cast<size_t>(k_ - 1)].key));
-    store(row, limit(row));
+    bound = std::max(bound, round_down<T>(entries[static_cast<size_t>(k_ - 1)].key));
+  }
+
+  // Makes room. Where too many entries are as good as the k-th, they are told apart exactly.
+  void compact(int64_t row, Entries& scratch) {
+    load(row, false, scratch);
+    raise_bound(row, scratch);
+    store(row, limit(row), scratch);
     if (used(row) <= k_ + (capacity_ - k_) / 2) return;
-    load(row, p_.recheck);
-    std::nth_element(ranked_.begin(), ranked_.begin() + (k_ - 1), ranked_.end(), better);
-    bound = std::max(bound, round_down<T>(ranked_[static_cast<size_t>(k_ - 1)].key));
-    ranked_.resize(static_cast<size_t>(k_));
-    store(row, -std::numeric_limits<double>::infinity());
+    load(row, p_.recheck, scratch);
+    raise_bound(row, scratch);
+    scratch.resize(static_cast<size_t>(k_));
+    store(row, -std::numeric_limits<double>::infinity(), scratch);
   }
 
   const Problem<T>& p_;
@@ -124,7 +129,6 @@ class Best {
   Buffer<int32_t> columns_;
   std::vector<int64_t> used_;
   std::vector<T> bound_;
-  std::vector<Entry> ranked_;
 };
 
 template <class T>
@@ -144,14 +148,16 @@ class TopkSearch {
     constexpr int64_t kChunk = 64;
     const int64_t chunks = (p_.queries.n + kChunk - 1) / kChunk;
     parallel_dynamic(chunks, p_.workers(chunks), [&](int64_t, int64_t c) {
-      Best<T> own(p_, 0, 1, std::max<int64_t>(1, k_));
+      Entries ranked;
       for (int64_t i = c * kChunk; i < std::min(p_.queries.n, (c + 1) * kChunk); ++i) {
-        write(own, i, k, values + i * k, indices + i * k);
+        write(i, k, ranked, values + i * k, indices + i * k);
       }
     });
   }
 
  private:
+  using Entries = typename Best<T>::Entries;
+
   void search() {
     const std::vector<Task> tasks = tasks_of(p_);
     const auto count = static_cast<int64_t>(tasks.size());
@@ -184,25 +190,26 @@ class TopkSearch {
       heaviest = std::max(heaviest, p_.query_weight(first + r));
     }
     std::vector<Hit> for_columns;
+    Entries scratch;
     for (int64_t panel = task.first_panel; panel < task.last_panel; ++panel) {
       set_limits(scanner, own, panel, heaviest);
       for_columns.clear();
       scanner.each_candidate(panel, [&](int64_t r, int64_t i, int64_t j, T value) {
         if (p_.self && i == j) {
-          if (include_self_) own.push(r, j, value);
+          if (include_self_) own.push(r, j, value, scratch);
           return;
         }
-        own.push(r, j, value);
+        own.push(r, j, value, scratch);
         if (p_.self) for_columns.push_back({j, i, value});
       });
       if (for_columns.empty()) continue;
       const std::lock_guard lock(lock_of(panel * group_));
-      for (const Hit& hit : for_columns) best_.push(hit.row, hit.column, hit.value);
+      for (const Hit& hit : for_columns) best_.push(hit.row, hit.column, hit.value, scratch);
     }
     for (int64_t r = 0; r < rows; ++r) {
       const std::lock_guard lock(lock_of(first + r));
       for (int64_t e = 0; e < own.used(r); ++e) {
-        best_.push(first + r, own.column(r, e), own.value(r, e));
+        best_.push(first + r, own.column(r, e), own.value(r, e), scratch);
       }
     }
   }
@@ -224,20 +231,15 @@ class TopkSearch {
 
   std::mutex& lock_of(int64_t query) { return locks_[static_cast<size_t>(query / group_)]; }
 
-  // Ranks query i in a buffer of the caller's, and writes its row.
-  void write(Best<T>& own, int64_t i, int64_t k, T* values, int64_t* indices) const {
-    own.reset(i, 0, -std::numeric_limits<T>::infinity());
-    for (int64_t e = 0; k_ > 0 && e < best_.used(i); ++e) {
-      own.push(0, best_.column(i, e), best_.value(i, e));
-    }
-    own.rank(0);
-    const auto found = static_cast<int64_t>(own.ranked().size());
+  void write(int64_t i, int64_t k, Entries& ranked, T* values, int64_t* indices) const {
+    ranked.clear();
+    if (k_ > 0) best_.rank(i, ranked);
     for (int64_t e = 0; e < k; ++e) {
-      const bool present = e < found;
-      const auto& ranked = own.ranked();
-      values[e] = present ? static_cast<T>(p_.unscaled(ranked[static_cast<size_t>(e)].value))
+      const bool present = e < static_cast<int64_t>(ranked.size());
+      const auto at = static_cast<size_t>(e);
+      values[e] = present ? static_cast<T>(p_.unscaled(ranked[at].value))
                           : -std::numeric_limits<T>::infinity();
-      indices[e] = present ? ranked[static_cast<size_t>(e)].column : -1;
+      indices[e] = present ? ranked[at].column : -1;
     }
   }
 

@@ -1,5 +1,6 @@
 // similarity on CUDA: tensors in, launches of the kernels in cuda_*.cuh, registration. The sort and
 // the running sums are torch's, reached through the dispatcher.
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -179,16 +180,17 @@ std::tuple<Tensor, Tensor> similarity_topk(const Tensor& x, const std::optional<
   check_k(op, k);
   const DeviceScope scope(x);
   const Stream stream = current_stream(x);
+  const std::array<int64_t, 2> shape{x.size(0), k};
   Tensor values, indices;
   with_type(x, [&](auto type) {
     using T = typename decltype(type)::type;
     const Side left = side_of<T>(x, kind, stream);
     const Side right = y ? side_of<T>(*y, kind, stream) : left;
     const auto s = search_of<T>(left, right, !y, kind, absolute, include_self, recheck);
-    values = torch::stable::new_empty(left.x, {s.x.n, k});
-    indices = torch::stable::new_empty(left.x, {s.x.n, k}, ScalarType::Long);
-    const Tensor keys = torch::stable::new_empty(left.x, {s.x.n, k}, ScalarType::Double);
-    const Tensor found = torch::stable::new_empty(indices, {s.x.n, k});
+    values = torch::stable::new_empty(left.x, shape);
+    indices = torch::stable::new_empty(left.x, shape, ScalarType::Long);
+    const Tensor keys = torch::stable::new_empty(left.x, shape, ScalarType::Double);
+    const Tensor found = torch::stable::new_empty(indices, shape);
     launch_topk<T>(s, {output<double>(keys), output<int64_t>(found), k}, output<T>(values),
                    output<int64_t>(indices), stream);
   });

@@ -110,7 +110,8 @@ def similarity_clusters(x: Tensor, threshold: float, kind: str, absolute: bool) 
     while True:
         nearer = torch.where(linked, first, len(x)).amin(1) if len(x) else first
         if torch.equal(nearer, first):
-            return torch.unique(first, return_inverse=True)[1]
+            labels: Tensor = torch.unique(first, return_inverse=True)[1]
+            return labels
         first = nearer
 
 
@@ -133,4 +134,5 @@ def hsic(gram_x: Tensor, gram_y: Tensor, debiased: bool) -> Tensor:
     trace = (k * m).sum()
     sums = k.sum() * m.sum() / ((n - 1) * (n - 2))
     mixed = 2 / (n - 2) * (k.sum(0) @ m.sum(1))
-    return (trace + sums - mixed) / (n * (n - 3))
+    unbiased: Tensor = (trace + sums - mixed) / (n * (n - 3))
+    return unbiased

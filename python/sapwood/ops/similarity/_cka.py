@@ -68,8 +68,8 @@ def _feature_terms(x: Tensor, y: Tensor, debiased: bool) -> tuple[Tensor, Tensor
 def _correction(norms: Sequence[Sequence[Tensor]], pair: tuple[int, int], n: int) -> Tensor:
     """What takes |X^T Y|^2 to the unbiased HSIC (Song et al. 2012, eq. 5); rows sum to 0.
 
-    With k_i = |x_i|^2: the diagonals add k.m to the trace; the other entries of a Gram matrix sum to
-    -sum(k), those of its column j to -k_j.
+    With k_i = |x_i|^2: the diagonals add k.m to the trace; the other entries of a Gram matrix sum
+    to -sum(k), those of its column j to -k_j.
     """
     k, m = (torch.cat(list(norms[side])).double() for side in pair)
     return k.sum() * m.sum() / ((n - 1) * (n - 2)) - (1 + 2 / (n - 2)) * (k @ m)
@@ -245,11 +245,11 @@ def kernel_cka(
     sums = []
     for at in range(0, n, size):
         count = min(size, n - at)
-        arguments = (x, y, *widths, at, count, debiased)
         if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-            sums.append(checkpoint(_rbf_sums, *arguments, use_reentrant=False))
+            block = checkpoint(_rbf_sums, x, y, *widths, at, count, debiased, use_reentrant=False)
         else:
-            sums.append(_rbf_sums(*arguments))
+            block = _rbf_sums(x, y, widths[0], widths[1], at, count, debiased)
+        sums.append(block)
     xy, xx, yy = (torch.stack([s[i] for s in sums]).sum() for i in range(3))
     k, m = (torch.cat([s[i] for s in sums]) for i in (3, 4))
     return _ratio(

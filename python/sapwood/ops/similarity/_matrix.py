@@ -64,14 +64,8 @@ def _reference(x: Tensor, y: Tensor | None, kind: str, absolute: bool) -> Tensor
     return reference.similarity_matrix(x, x if y is None else y, kind, absolute)
 
 
-def _native_why_not(x: Tensor, *_: Any) -> str | None:
-    if _backend.has_kernel("row_normalize", x.device.type):
-        return None
-    return f"this build has no {x.device.type} kernel"
-
-
 _BACKENDS = (
-    _backend.Backend("native", _native_why_not, _native),
+    _backend.native("row_normalize", _native),
     _backend.Backend("reference", lambda *_: None, _reference),
 )
 

@@ -70,9 +70,9 @@ class Pairs:
 
 
 def _explain_pairs(
-    x: Tensor, y: Tensor | None = None, *, threshold: float, **_: Any
+    x: Tensor, y: Tensor | None = None, *, threshold: float, kind: str = "cosine", **_: Any
 ) -> _backend.Explanation:
-    lines = _backend.candidates(_PAIRS, x, y, threshold)
+    lines = _backend.candidates(_PAIRS, x, y, threshold, kind)
     return _backend.Explanation("similarity_pairs", lines)
 
 
@@ -132,7 +132,7 @@ def similarity_pairs(
     if max_pairs is not None and max_pairs < 0:
         _check.fail(ValueError, op, "max_pairs", "be at least 0", max_pairs)
     _checks.warn_about_rows(op, kind, check_finite, x, y)
-    chosen = _backend.choose(op, _PAIRS, x, y, limit)
+    chosen = _backend.choose(op, _PAIRS, x, y, limit, kind)
     most = -1 if max_pairs is None else max_pairs
     row, col, value, truncated = chosen.run(
         x.detach(), _detached(y), limit, kind, absolute, include_self, most, recheck
