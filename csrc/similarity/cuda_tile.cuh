@@ -4,6 +4,8 @@
 
 #include "similarity/cuda_rows.cuh"
 
+#define SAPWOOD_RARE __attribute__((noinline))
+
 namespace sapwood::similarity::device {
 
 inline constexpr int kTile = 64;
@@ -37,8 +39,9 @@ struct Search {
     return i < x.n && j < y.n && (!self || j > i || (j == i && include_self));
   }
 
-  // From the original rows, in double and in the order of the columns.
-  SAPWOOD_HD double exact(int64_t i, int64_t j) const {
+  // From the original rows, in double and in the order of the columns. One copy, not one per entry of
+  // the tile: few values need it.
+  SAPWOOD_HD SAPWOOD_RARE double exact(int64_t i, int64_t j) const {
     const Row a = x.rows[i], b = y.rows[j];
     if (a.inverse == 0.0 || b.inverse == 0.0) {
       return kind == Kind::euclidean ? -static_cast<double>(INFINITY) : 0.0;
