@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -61,6 +62,13 @@ def warn_about_rows(op: str, kind: str, check_finite: bool, *tensors: Tensor | N
             RuntimeWarning,
             stacklevel=4,
         )
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Products inside are taken in the inputs' precision, under autocast too."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def _suspicious(t: Tensor) -> bool:

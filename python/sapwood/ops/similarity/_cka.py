@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sapwood import _check
+from sapwood.ops.similarity._checks import full_precision
 from sapwood.reference.similarity import widened
 
 _CHUNK = 4096  # rows whose centred copy stays small beside the representations
@@ -150,7 +151,8 @@ def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> Tensor:
         Nguyen et al. 2021, arXiv:2010.15327, eq. 3.
     """
     x, y = _checked("linear_cka", x, y, 4 if debiased else 2)
-    return _ratio(*_linear_terms(x, y, debiased), x.dtype)
+    with full_precision(x):
+        return _ratio(*_linear_terms(x, y, debiased), x.dtype)
 
 
 def _bandwidth(x: Tensor) -> Tensor:
@@ -234,8 +236,15 @@ def kernel_cka(
     elif not bandwidth > 0:
         _check.fail(ValueError, op, "bandwidth", "be positive", bandwidth)
     x, y = _checked(op, x, y, 4 if debiased else 2)
-    if kernel == "linear":
-        return _ratio(*_linear_terms(x, y, debiased), x.dtype)
+    with full_precision(x):
+        if kernel == "linear":
+            return _ratio(*_linear_terms(x, y, debiased), x.dtype)
+        return _rbf_cka(x, y, bandwidth, debiased, batch)
+
+
+def _rbf_cka(
+    x: Tensor, y: Tensor, bandwidth: float | str, debiased: bool, batch: int | None
+) -> Tensor:
     n = len(x)
     x, y = x - x.mean(0), y - y.mean(0)
     widths = [

@@ -118,5 +118,6 @@ def similarity_matrix(
     wide = reference.widened(x)
     wide_y = None if y is None else reference.widened(y)
     chosen = _backend.choose(_NAME, _BACKENDS, wide, wide_y, kind, absolute)
-    result: Tensor = chosen.run(wide, wide_y, kind, absolute)
+    with _checks.full_precision(x):
+        result: Tensor = chosen.run(wide, wide_y, kind, absolute)
     return result
