@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sapwood.cli import chapters
-from sapwood.cli.chapters import ChapterResult, Context, prune_pack_run
+from sapwood.cli.chapters import ChapterResult, Context, nearest_rows, prune_pack_run
 from sapwood.cli.packing import Timing
 from sapwood.report.page import Chapter, Section, Stat, Table
 from tests.cli.conftest import Invoke
@@ -121,6 +121,15 @@ def test_headline_claims_no_more_than_was_measured(
     assert headline.startswith("Without 95 % of its weights the network reads 97.0 %")
     assert "(dense: 98.0 %)" in headline
     assert headline.endswith(expected)
+
+
+def test_nearest_rows_finds_what_it_planted() -> None:
+    result = nearest_rows.run(Context(quick=True, seed=3, bars=None))  # type: ignore[arg-type]
+    assert result.data["missing"] == 0
+    assert result.data["pairs"] >= 300
+    assert result.data["digits_right"] > 0.95
+    assert result.data["speedup"] > 0
+    assert "All 300 planted copies were found." in result.remarks
 
 
 @pytest.mark.slow
