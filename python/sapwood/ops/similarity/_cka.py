@@ -178,7 +178,7 @@ def _rbf_sums(
     y: Tensor,
     width_x: Tensor,
     width_y: Tensor,
-    first: Tensor,
+    first: int,
     count: int,
     debiased: bool,
 ) -> tuple[Tensor, ...]:
