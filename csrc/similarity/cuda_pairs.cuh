@@ -23,13 +23,15 @@ __global__ void __launch_bounds__(kThreads)
     pairs_kernel(Search<T> s, double threshold, PairSink<T> sink) {
   SAPWOOD_SHARED(T, left, kDepth * kPitch);
   SAPWOOD_SHARED(T, right, kDepth * kPitch);
+  SAPWOOD_SHARED(T, products, kTile * kPitch);
   const Tiles tiles = Tiles::of(s);
   for (int64_t t = blockIdx.x; t < tiles.count(); t += gridDim.x) {
     const int64_t first_x = t / tiles.columns * kTile, first_y = t % tiles.columns * kTile;
     if ((s.self && first_y < first_x) || first_x >= sink.row_limit) continue;
     Sums<T> sums;
     multiply(s, first_x, first_y, left, right, sums);
-    each_pair(s, first_x, first_y, sums, [&](int64_t i, int64_t j, T product) {
+    share(sums, products);
+    each_pair(s, first_x, first_y, products, [&](int64_t i, int64_t j, T product) {
       if (i >= sink.row_limit) return;
       const double value = s.decided(i, j, product, threshold);
       if (!(s.key(value) >= threshold)) return;
@@ -92,13 +94,15 @@ __global__ void __launch_bounds__(kThreads)
     clusters_kernel(Search<T> s, double threshold, int32_t* parent) {
   SAPWOOD_SHARED(T, left, kDepth * kPitch);
   SAPWOOD_SHARED(T, right, kDepth * kPitch);
+  SAPWOOD_SHARED(T, products, kTile * kPitch);
   const Tiles tiles = Tiles::of(s);
   for (int64_t t = blockIdx.x; t < tiles.count(); t += gridDim.x) {
     const int64_t first_x = t / tiles.columns * kTile, first_y = t % tiles.columns * kTile;
     if (first_y < first_x) continue;
     Sums<T> sums;
     multiply(s, first_x, first_y, left, right, sums);
-    each_pair(s, first_x, first_y, sums, [&](int64_t i, int64_t j, T product) {
+    share(sums, products);
+    each_pair(s, first_x, first_y, products, [&](int64_t i, int64_t j, T product) {
       if (s.key(s.decided(i, j, product, threshold)) >= threshold) {
         join(parent, static_cast<int32_t>(i), static_cast<int32_t>(j));
       }

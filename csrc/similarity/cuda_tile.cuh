@@ -4,8 +4,6 @@
 
 #include "similarity/cuda_rows.cuh"
 
-#define SAPWOOD_RARE __attribute__((noinline))
-
 namespace sapwood::similarity::device {
 
 inline constexpr int kTile = 64;
@@ -39,9 +37,8 @@ struct Search {
     return i < x.n && j < y.n && (!self || j > i || (j == i && include_self));
   }
 
-  // From the original rows, in double and in the order of the columns. One copy, not one per entry of
-  // the tile: few values need it.
-  SAPWOOD_HD SAPWOOD_RARE double exact(int64_t i, int64_t j) const {
+  // From the original rows, in double and in the order of the columns.
+  SAPWOOD_HD double exact(int64_t i, int64_t j) const {
     const Row a = x.rows[i], b = y.rows[j];
     if (a.inverse == 0.0 || b.inverse == 0.0) {
       return kind == Kind::euclidean ? -static_cast<double>(INFINITY) : 0.0;
@@ -135,19 +132,31 @@ struct Tiles {
   SAPWOOD_HD int64_t count() const { return rows * columns; }
 };
 
-// f(i, j, product) for the entries of a tile that this thread holds and that are pairs.
-template <class T, class F>
-__device__ void each_pair(const Search<T>& s, int64_t first_x, int64_t first_y, Sums<T>& sums,
-                          const F& f) {
+// Puts the tile where every thread can read it, rows first with kPitch entries each.
+template <class T>
+__device__ void share(const Sums<T>& sums, T* products) {
   const int row = static_cast<int>(threadIdx.x) / kThreadColumns * kRowsPerThread;
   const int column = static_cast<int>(threadIdx.x) % kThreadColumns;
+  __syncthreads();  // the previous tile has been read
   SAPWOOD_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
     SAPWOOD_UNROLL
     for (int q = 0; q < kColumnsPerThread; ++q) {
-      const int64_t i = first_x + row + r, j = first_y + column + q * kThreadColumns;
-      if (s.concerns(i, j)) f(i, j, sums.at[r][q]);
+      products[(row + r) * kPitch + column + q * kThreadColumns] = sums.at[r][q];
     }
+  }
+  __syncthreads();
+}
+
+// f(i, j, product) for this thread's share of a tile, as far as the entries are pairs. A loop that is
+// not unrolled: what f does is rare and would take registers for every entry.
+template <class T, class F>
+__device__ void each_pair(const Search<T>& s, int64_t first_x, int64_t first_y, const T* products,
+                          const F& f) {
+  for (int e = static_cast<int>(threadIdx.x); e < kTile * kTile; e += kThreads) {
+    const int row = e / kTile, column = e % kTile;
+    const int64_t i = first_x + row, j = first_y + column;
+    if (s.concerns(i, j)) f(i, j, products[row * kPitch + column]);
   }
 }
 

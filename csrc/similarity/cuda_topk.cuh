@@ -71,14 +71,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t column = 0; column < tiles.columns; ++column) {
       Sums<T> sums;
       multiply(s, t * kTile, column * kTile, left, right, sums);
-      const int row = own / kThreadColumns * kRowsPerThread;
-      for (int r = 0; r < kRowsPerThread; ++r) {
-        for (int q = 0; q < kColumnsPerThread; ++q) {
-          const int at = own % kThreadColumns + q * kThreadColumns;
-          products[(row + r) * kPitch + at] = sums.at[r][q];
-        }
-      }
-      __syncthreads();
+      share(sums, products);
       for (int c = 0; active && c < kTile; ++c) {
         const int64_t j = column * kTile + c;
         if (j >= s.y.n || (s.self && i == j && !s.include_self)) continue;
@@ -97,7 +90,6 @@ __global__ void __launch_bounds__(kThreads)
           heap.rise(slot);
         }
       }
-      __syncthreads();
     }
     for (int64_t left_over = size; active && left_over > 1; --left_over) {  // best first
       heap.swap(0, left_over - 1);

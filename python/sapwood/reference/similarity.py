@@ -1,4 +1,4 @@
-"""Similarities of rows in plain torch, by way of the full matrix.
+"""Similarities of rows in plain torch, by way of the full matrix::
 
     s_ij = x_i . y_j                       dot
     s_ij = x_i . y_j / (|x_i| |y_j|)       cosine; correlation centres each row first

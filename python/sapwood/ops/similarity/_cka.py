@@ -212,7 +212,7 @@ def kernel_cka(
     Args:
         x: (N, d1) floating point.
         y: (N, d2) of x's dtype.
-        kernel: "rbf", exp(-|a - b|^2 / (2 w^2)), or "linear".
+        kernel: "rbf", ``exp(-|a - b|^2 / (2 w^2))``, or "linear".
         bandwidth: w, or "median": the median distance of at most 2048 rows, of x and y each.
         debiased: the unbiased estimate, see :func:`linear_cka`. Needs N >= 4.
         batch: rows of the Gram matrices at a time; by default about 64 MB of them.
