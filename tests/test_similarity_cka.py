@@ -20,7 +20,7 @@ def pair(n: int, d1: int, d2: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("debiased", [False, True])
-@pytest.mark.parametrize(("n", "d1", "d2"), [(50, 7, 5), (6, 20, 30), (700, 3, 4)])
+@pytest.mark.parametrize(("n", "d1", "d2"), [(50, 7, 5), (6, 20, 30), (700, 3, 4), (400, 300, 130)])
 def test_linear_cka_is_the_definition(n: int, d1: int, d2: int, debiased: bool) -> None:
     x, y = pair(n, d1, d2)
     wanted = reference.linear_cka(x, y, debiased)

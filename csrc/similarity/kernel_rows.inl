@@ -75,19 +75,28 @@ SAPWOOD_TARGET void row_peak(const T* x, int64_t d, double& peak, bool& finite) 
 template <class T>
 SAPWOOD_TARGET void describe_row(const T* x, int64_t d, Kind kind, double fixed_scale, Row& row,
                                  double& squares) {
-  T peak = 0;
-  bool constant = false;
-  inspect(x, d, peak, row.finite, constant);
-  row.scale = is_unit(kind) ? scale_for(static_cast<double>(peak)) : fixed_scale;
-  row.mean = row.inverse = squares = 0;
-  if (!row.finite) return;
+  // Squares of floats neither overflow nor vanish in double, and tell whether all are finite.
+  const bool one_pass = sizeof(T) == 4 && kind != Kind::correlation;
   double sum = 0;
-  if (kind == Kind::correlation) {
-    if (constant) return;
-    moments(x, d, row.scale, 0.0, sum, squares);
-    row.mean = sum / static_cast<double>(d);
+  row = {is_unit(kind) ? 1.0 : fixed_scale, 0.0, 0.0, true};
+  if (!one_pass) {
+    T peak = 0;
+    bool constant = false;
+    inspect(x, d, peak, row.finite, constant);
+    if (is_unit(kind)) row.scale = scale_for(static_cast<double>(peak));
+    squares = 0;
+    if (!row.finite || (kind == Kind::correlation && constant)) return;
+    if (kind == Kind::correlation) {
+      moments(x, d, row.scale, 0.0, sum, squares);
+      row.mean = sum / static_cast<double>(d);
+    }
   }
   moments(x, d, row.scale, row.mean, sum, squares);
+  if (one_pass && !(squares <= std::numeric_limits<double>::max())) {
+    row.finite = false;
+    squares = 0;
+    return;
+  }
   row.inverse = !is_unit(kind) ? 1.0 : squares > 0 ? 1.0 / std::sqrt(squares) : 0.0;
 }
 

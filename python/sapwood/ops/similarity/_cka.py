@@ -16,7 +16,8 @@ from sapwood import _check
 from sapwood.ops.similarity._checks import full_precision
 from sapwood.reference.similarity import widened
 
-_CHUNK = 4096  # rows whose centred copy stays small beside the representations
+_CHUNK = 2048  # rows whose centred copy stays small beside the representations
+_BLOCK = 128  # columns of a symmetric product that are computed from the diagonal downwards
 _MEDIAN_ROWS = 2048
 
 
@@ -35,10 +36,6 @@ def _checked(op: str, x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]
     return wide, wide if y is x else widened(y)
 
 
-def _squared_norm(t: Tensor) -> Tensor:
-    return t.double().square().sum()
-
-
 def _feature_terms(x: Tensor, y: Tensor, debiased: bool) -> tuple[Tensor, Tensor, Tensor]:
     """HSIC of (x, y), (x, x) and (y, y), all up to one common factor, from d x d products.
 
@@ -49,21 +46,40 @@ def _feature_terms(x: Tensor, y: Tensor, debiased: bool) -> tuple[Tensor, Tensor
     means = [t.mean(0) for t in sides]
     chunks = zip(*(t.split(_CHUNK) for t in sides), strict=True)
     pairs = ((0, 0),) if same else ((0, 1), (0, 0), (1, 1))
-    grams: list[Tensor | None] = [None] * len(pairs)
+    grams: list[list[Tensor]] = [[] for _ in pairs]
     norms: list[list[Tensor]] = [[] for _ in sides]
     for chunk in chunks:
         rows = [t - m for t, m in zip(chunk, means, strict=True)]
         for i, (a, b) in enumerate(pairs):
-            gram = grams[i]
-            product = (rows[a].mT, rows[b])
-            grams[i] = product[0] @ product[1] if gram is None else torch.addmm(gram, *product)
+            grams[i] = _add_products(grams[i], rows[a], rows[b])
         if debiased:
             for side, r in zip(norms, rows, strict=True):
                 side.append(r.square().sum(1))
-    terms = [_squared_norm(g) for g in grams if g is not None]
+    terms = [_squared_norm(g, a == b) for g, (a, b) in zip(grams, pairs, strict=True)]
     if debiased:
         terms = [t + _correction(norms, p, len(x)) for t, p in zip(terms, pairs, strict=True)]
     return (terms[0],) * 3 if same else (terms[0], terms[1], terms[2])
+
+
+def _add_products(blocks: list[Tensor], left: Tensor, right: Tensor) -> list[Tensor]:
+    """Adds left^T right; where both are the same, by columns from the diagonal downwards only."""
+    if left is not right:
+        factors = [(left.mT, right)]
+    else:
+        width = left.shape[1]
+        factors = [(left[:, at:].mT, left[:, at : at + _BLOCK]) for at in range(0, width, _BLOCK)]
+    if not blocks:
+        return [a @ b for a, b in factors]
+    return [torch.addmm(g, a, b) for g, (a, b) in zip(blocks, factors, strict=True)]
+
+
+def _squared_norm(blocks: Sequence[Tensor], symmetric: bool) -> Tensor:
+    """Of the matrix that :func:`_add_products` built."""
+    total = torch.stack([b.double().square().sum() for b in blocks]).sum()
+    if not symmetric:
+        return total
+    squares = [b[: b.shape[1]].double().square().sum() for b in blocks]  # those on the diagonal
+    return 2 * total - torch.stack(squares).sum()
 
 
 def _correction(norms: Sequence[Sequence[Tensor]], pair: tuple[int, int], n: int) -> Tensor:
