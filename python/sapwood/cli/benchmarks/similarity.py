@@ -252,6 +252,7 @@ def _faiss() -> Any:
         import faiss
     except ImportError as error:
         raise Unavailable("faiss is not installed: pip install faiss-cpu") from error
+    faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss
 
 
