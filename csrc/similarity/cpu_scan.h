@@ -71,20 +71,30 @@ class Scanner {
   int64_t first_row() const { return first_; }
   int64_t row_count() const { return count_; }
 
-  // f(row of the strip, i, j, value) for what reaches a limit; of x with itself the pairs i <= j.
+  // Register tiles that a panel concerns: of x with itself those not below the diagonal.
+  int64_t micro_tiles(int64_t panel) const {
+    const int64_t micro = (count_ + p_.tile.rows - 1) / p_.tile.rows;
+    const int64_t end = std::min(p_.candidates().n, (panel + 1) * p_.tile.columns);
+    return p_.self ? std::min(micro, (end - 1 - first_) / p_.tile.rows + 1) : micro;
+  }
+
   template <class F>
   void each_candidate(int64_t panel, const F& f) {
-    const int64_t first = panel * p_.tile.columns;
+    each_candidate(panel, 0, micro_tiles(panel), f);
+  }
+
+  // f(row of the strip, i, j, value) for what reaches a limit; of x with itself the pairs i <= j.
+  template <class F>
+  void each_candidate(int64_t panel, int64_t begin, int64_t end, const F& f) {
+    const int64_t first = panel * p_.tile.columns, skipped = begin * p_.tile.rows;
     const int64_t columns = std::min(p_.tile.columns, p_.candidates().n - first);
-    int64_t micro = (count_ + p_.tile.rows - 1) / p_.tile.rows;
-    if (p_.self) micro = std::min(micro, (first + columns - 1 - first_) / p_.tile.rows + 1);
-    const Strip<T> strip{packed_.get(),
-                         micro,
+    const Strip<T> strip{packed_.get() + skipped * p_.k(),
+                         end - begin,
                          p_.panel(panel),
                          p_.k(),
-                         row_limit.data(),
+                         row_limit.data() + skipped,
                          column_limit.data(),
-                         row_offset_.data(),
+                         row_offset_.data() + skipped,
                          p_.column_offsets(panel),
                          p_.kind == Kind::euclidean,
                          p_.absolute};
@@ -92,9 +102,9 @@ class Scanner {
     SAPWOOD_ISA_CALL(propose(strip, found_.get(), count));
     for (int64_t c = 0; c < count; ++c) {
       const Candidate<T>& hit = found_.get()[c];
-      const int64_t i = first_ + hit.row, j = first + hit.column;
-      if (hit.row >= count_ || hit.column >= columns || (p_.self && j < i)) continue;
-      f(static_cast<int64_t>(hit.row), i, j, hit.value);
+      const int64_t row = skipped + hit.row, i = first_ + row, j = first + hit.column;
+      if (row >= count_ || hit.column >= columns || (p_.self && j < i)) continue;
+      f(row, i, j, hit.value);
     }
   }
 

@@ -25,6 +25,7 @@ class Best {
         used_(static_cast<size_t>(count), 0),
         bound_(static_cast<size_t>(count), -std::numeric_limits<T>::infinity()) {}
 
+  int64_t capacity() const { return capacity_; }
   T bound(int64_t row) const { return bound_[static_cast<size_t>(row)]; }
   int64_t used(int64_t row) const { return used_[static_cast<size_t>(row)]; }
   T value(int64_t row, int64_t e) const { return values_.get()[row * capacity_ + e]; }
@@ -192,19 +193,21 @@ class TopkSearch {
     std::vector<Hit> for_columns;
     Entries scratch;
     for (int64_t panel = task.first_panel; panel < task.last_panel; ++panel) {
-      set_limits(scanner, own, panel, heaviest);
-      for_columns.clear();
-      scanner.each_candidate(panel, [&](int64_t r, int64_t i, int64_t j, T value) {
-        if (p_.self && i == j) {
-          if (include_self_) own.push(r, j, value, scratch);
-          return;
-        }
-        own.push(r, j, value, scratch);
-        if (p_.self) for_columns.push_back({j, i, value});
-      });
-      if (for_columns.empty()) continue;
-      const std::lock_guard lock(lock_of(panel * group_));
-      for (const Hit& hit : for_columns) best_.push(hit.row, hit.column, hit.value, scratch);
+      const int64_t tiles = scanner.micro_tiles(panel);
+      for (int64_t begin = 0, end = 0; begin < tiles; begin = end) {
+        // Columns without a bound let everything through: a few rows first, which give them one.
+        const bool bounded = set_limits(scanner, own, panel, heaviest);
+        end = bounded ? tiles : std::min(tiles, begin + best_.capacity() / p_.tile.rows + 1);
+        for_columns.clear();
+        scanner.each_candidate(panel, begin, end, [&](int64_t r, int64_t i, int64_t j, T value) {
+          if (p_.self && i == j && !include_self_) return;
+          own.push(r, j, value, scratch);
+          if (p_.self && i != j) for_columns.push_back({j, i, value});
+        });
+        if (for_columns.empty()) continue;
+        const std::lock_guard lock(lock_of(panel * group_));
+        for (const Hit& hit : for_columns) best_.push(hit.row, hit.column, hit.value, scratch);
+      }
     }
     for (int64_t r = 0; r < rows; ++r) {
       const std::lock_guard lock(lock_of(first + r));
@@ -214,19 +217,23 @@ class TopkSearch {
     }
   }
 
-  void set_limits(Scanner<T>& scanner, const Best<T>& own, int64_t panel, double heaviest) {
+  // Whether all columns that ask have a bound.
+  bool set_limits(Scanner<T>& scanner, const Best<T>& own, int64_t panel, double heaviest) {
     for (int64_t r = 0; r < scanner.row_count(); ++r) {
       const double limit = static_cast<double>(own.bound(r)) - own.slack(r, p_.panel_weight(panel));
       scanner.row_limit[static_cast<size_t>(r)] = round_down<T>(limit);
     }
-    if (!p_.self) return;
+    if (!p_.self) return true;
     const int64_t begin = panel * group_, columns = std::min(group_, p_.queries.n - begin);
+    bool bounded = true;
     const std::lock_guard lock(lock_of(begin));
     for (int64_t c = 0; c < columns; ++c) {
       const double limit =
           static_cast<double>(best_.bound(begin + c)) - best_.slack(begin + c, heaviest);
       scanner.column_limit[static_cast<size_t>(c)] = round_down<T>(limit);
+      bounded = bounded && limit > -std::numeric_limits<double>::infinity();
     }
+    return bounded;
   }
 
   std::mutex& lock_of(int64_t query) { return locks_[static_cast<size_t>(query / group_)]; }

@@ -4,6 +4,12 @@
 
 #include "similarity/cuda_rows.cuh"
 
+#if defined(__CUDACC__)
+#define SAPWOOD_ROLLED _Pragma("unroll 1")
+#else
+#define SAPWOOD_ROLLED
+#endif
+
 namespace sapwood::similarity::device {
 
 inline constexpr int kTile = 64;
@@ -46,7 +52,8 @@ struct Search {
     const T* u = x.x + i * k;
     const T* v = y.x + j * k;
     double sum = 0;
-    for (int64_t c = 0; c < k; ++c) {
+    SAPWOOD_ROLLED  // rare, and not worth the registers
+        for (int64_t c = 0; c < k; ++c) {
       const double p = static_cast<double>(u[c]) * a.scale - a.mean;
       const double q = static_cast<double>(v[c]) * b.scale - b.mean;
       sum += kind == Kind::euclidean ? (p - q) * (p - q) : p * q;
