@@ -4,7 +4,7 @@
 
 #include "similarity/cuda_rows.cuh"
 
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)  // the host compiler does not know the pragma
 #define SAPWOOD_ROLLED _Pragma("unroll 1")
 #else
 #define SAPWOOD_ROLLED
@@ -52,8 +52,8 @@ struct Search {
     const T* u = x.x + i * k;
     const T* v = y.x + j * k;
     double sum = 0;
-    SAPWOOD_ROLLED  // rare, and not worth the registers
-        for (int64_t c = 0; c < k; ++c) {
+    SAPWOOD_ROLLED
+    for (int64_t c = 0; c < k; ++c) {  // rare, and not worth the registers
       const double p = static_cast<double>(u[c]) * a.scale - a.mean;
       const double q = static_cast<double>(v[c]) * b.scale - b.mean;
       sum += kind == Kind::euclidean ? (p - q) * (p - q) : p * q;
