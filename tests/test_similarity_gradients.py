@@ -81,6 +81,13 @@ def test_func_transforms_of_the_matrix() -> None:
     )
 
 
+def test_meta_device() -> None:
+    x = torch.empty(3, 4, device="meta")
+    assert ops.similarity_matrix(x).shape == (3, 3)
+    assert ops.similarity_topk(x, 5)[0].shape == (3, 5)
+    assert ops.linear_cka(x, x).shape == ()
+
+
 def test_compile_of_the_matrix() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(ops.similarity_matrix, fullgraph=True, backend="aot_eager")

@@ -92,8 +92,9 @@ def similarity_topk(
     n, m = s.shape
     order = torch.argsort(s.abs() if absolute else s, dim=1, descending=True, stable=True)
     if y is None and not include_self:
-        others = order != torch.arange(n, device=x.device)[:, None]
-        order = order[others].view(n, max(m - 1, 0))
+        itself = order == torch.arange(n, device=x.device)[:, None]
+        last = torch.argsort(itself.int(), dim=1, stable=True)  # moves each row itself to the end
+        order = order.gather(1, last)[:, : max(m - 1, 0)]
     indices = torch.full((n, k), -1, device=x.device)
     values = s.new_full((n, k), -torch.inf)
     found = order[:, :k]

@@ -66,8 +66,9 @@ def warn_about_rows(op: str, kind: str, check_finite: bool, *tensors: Tensor | N
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Products inside are taken in the inputs' precision, under autocast too."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return nullcontext()
 
 
