@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sapwood.cli.benchmarks.masked_matmul import MaskedMatmulCase, problem_of
 from sapwood.cli.benchmarks.runner import Case
 
 _MIB = 1 << 20
@@ -26,14 +27,15 @@ def in_child(case: Case, provider: str) -> float | None:
     """Peak in MiB while the provider runs; None where the system does not tell."""
     if not dataclasses.is_dataclass(case) or isinstance(case, type):
         return None
-    fields = dataclasses.asdict(case)
-    command = (sys.executable, __file__, json.dumps(fields), provider, str(torch.get_num_threads()))
+    kind = type(case)
+    described = (kind.__module__, kind.__name__, json.dumps(dataclasses.asdict(case)))
+    command = (sys.executable, __file__, *described, provider, str(torch.get_num_threads()))
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     value = json.loads(output)
     return None if value is None else float(value)
 
 
-def measure(case: MaskedMatmulCase, provider: str) -> float | None:
+def measure(case: Case, provider: str) -> float | None:
     if case.device == "cuda":
         return _measure_cuda(case, provider)
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -42,17 +44,17 @@ def measure(case: MaskedMatmulCase, provider: str) -> float | None:
     before = _kib(status, "VmRSS")
     call = case.build(provider)
     call()
-    problem_of.cache_clear()
+    _family(case).problem_of.cache_clear()
     gc.collect()
     reset.write_text("5")  # sets the peak back to the present size
     call()
     return (_kib(status, "VmHWM") - before) / 1024
 
 
-def _measure_cuda(case: MaskedMatmulCase, provider: str) -> float:
+def _measure_cuda(case: Case, provider: str) -> float:
     call = case.build(provider)
     call()
-    problem_of.cache_clear()
+    _family(case).problem_of.cache_clear()
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     call()
@@ -65,9 +67,15 @@ def _kib(status: Path, field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def main(description: str, provider: str, threads: str) -> None:
+def _family(case: Case) -> Any:
+    """The module of the case, which also holds its problem."""
+    return importlib.import_module(type(case).__module__)
+
+
+def main(module: str, kind: str, description: str, provider: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
-    print(json.dumps(measure(MaskedMatmulCase(**json.loads(description)), provider)))
+    case = getattr(importlib.import_module(module), kind)(**json.loads(description))
+    print(json.dumps(measure(case, provider)))
 
 
 if __name__ == "__main__":

@@ -14,4 +14,10 @@ SAPWOOD_LIBRARY(m) {
   m.def("packed_linear_bitmap(Tensor x, Tensor values, Tensor words, Tensor row_ptr, Tensor? bias, int k, str activation) -> Tensor");
   m.def("packed_linear_sell(Tensor x, Tensor values, Tensor index, Tensor window, Tensor slice_ptr, Tensor? bias, int n, int k, str activation) -> Tensor");
   m.def("sampled_matmul(Tensor grad, Tensor x, Tensor cols, Tensor row_ptr) -> Tensor");
+
+  // similarity: rows of x against each other, or against rows of y; kind is cosine, correlation, dot or euclidean
+  m.def("row_normalize(Tensor x, str kind) -> Tensor");
+  m.def("similarity_pairs(Tensor x, Tensor? y, float threshold, str kind, bool absolute, bool include_self, int max_pairs, bool recheck) -> (Tensor row, Tensor col, Tensor value, Tensor truncated)");
+  m.def("similarity_topk(Tensor x, Tensor? y, int k, str kind, bool absolute, bool include_self, bool recheck) -> (Tensor values, Tensor indices)");
+  m.def("similarity_clusters(Tensor x, float threshold, str kind, bool absolute) -> Tensor");
 }

@@ -1,6 +1,6 @@
 """Triton kernels, one module per op family; importing this package does not import triton.
 
-``why_not`` says whether they can run. The family modules (``masked_matmul``) import triton and
+``why_not`` says whether they can run. The family modules import triton and
 are therefore imported on first use.
 """
 
@@ -15,7 +15,9 @@ import torch
 
 from ._launch import INTERPRETED
 
-__all__ = ["masked_matmul", "why_not"]
+_FAMILIES = ("masked_matmul", "similarity")
+
+__all__ = ["masked_matmul", "similarity", "why_not"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MINIMUM_CAPABILITY = (8, 0)
@@ -77,6 +79,6 @@ def why_not(
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "masked_matmul":
+    if name in _FAMILIES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <exception>
+#include <mutex>
 
 namespace sapwood {
 
@@ -61,6 +64,44 @@ void parallel_weighted(int64_t tasks, double grain, const Weight& weight_before,
     const int64_t last = end == parts ? tasks : border(end);
     for (int64_t t = begin == 0 ? 0 : border(begin); t < last; ++t) f(t);
   });
+}
+
+// f(worker, task) for every task in [0, tasks); a worker takes the next task when it is free, in
+// ascending order, so that a thread that others delay does not hold the rest up. For tasks of very
+// different length whose results do not depend on who ran them. `workers` bounds the worker numbers.
+// Unlike the loops above, f may throw: the first exception ends the loop and is thrown here.
+template <class F>
+void parallel_dynamic(int64_t tasks, int64_t workers, const F& f) {
+  if (tasks <= 0) return;
+  std::atomic<int64_t> next{0};
+  std::exception_ptr failure;
+  std::mutex failing;
+  const auto work = [&](int64_t worker) {
+    try {
+      for (int64_t t = next.fetch_add(1); t < tasks; t = next.fetch_add(1)) f(worker, t);
+    } catch (...) {
+      next.store(tasks);
+      const std::lock_guard lock(failing);
+      if (!failure) failure = std::current_exception();
+    }
+  };
+  if (workers <= 1) {
+    work(0);
+  } else {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) work(w);
+    });
+  }
+  if (failure) std::rethrow_exception(failure);
+}
+
+// How many workers `operations` floating-point operations are worth.
+inline int64_t useful_workers(int64_t tasks, double operations) {
+  constexpr double kPerWorker = 2e6;  // about 20 us, some times what waking a thread costs
+  const double affordable = std::max(1.0, operations / kPerWorker);
+  const double threads = static_cast<double>(torch::stable::get_num_threads());
+  return std::clamp<int64_t>(static_cast<int64_t>(std::min(affordable, threads)), 1,
+                             std::max<int64_t>(1, tasks));
 }
 
 }  // namespace sapwood

@@ -23,7 +23,7 @@ def run() -> list[Result]:
     """Runs every family's check; a failure is a result, not an exception.
 
     >>> [result.family for result in run()]
-    ['masked_matmul', 'pruning']
+    ['masked_matmul', 'similarity', 'pruning']
 
     Returns:
         One result per family, in the order of ``FAMILIES``.
@@ -75,6 +75,31 @@ def _masked_matmul() -> str:
     return f"training op, gradient, {', '.join(PACKED_FORMATS)}: within {max(worst):.0e}"
 
 
+def _similarity() -> str:
+    from sapwood import ops
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 20, generator=generator)
+    x[200:] = x[:100] + 0.3 * torch.randn(100, 20, generator=generator)
+    unit = torch.nn.functional.normalize(x.double())
+    exact = unit @ unit.T  # (300, 300)
+
+    pairs = ops.similarity_pairs(x, threshold=0.9)
+    wanted = (exact >= 0.9).triu(1).nonzero()
+    if not torch.equal(torch.stack([pairs.row, pairs.col], 1), wanted):
+        raise ArithmeticError(f"similarity_pairs found {len(pairs)} pairs instead of {len(wanted)}")
+    values, _ = ops.similarity_topk(x, 5)
+    labels = ops.similarity_clusters(x, threshold=0.9)
+    if not torch.equal(labels[pairs.row], labels[pairs.col]):
+        raise ArithmeticError("similarity_clusters separates a pair that reaches the threshold")
+    worst = max(
+        _difference("similarity_matrix", ops.similarity_matrix(x), exact),
+        _difference("similarity_pairs", pairs.value, exact[pairs.row, pairs.col]),
+        _difference("similarity_topk", values, exact.fill_diagonal_(-1).topk(5).values),
+    )
+    return f"matrix, {len(pairs)} pairs, top 5, clusters: within {worst:.0e}"
+
+
 def _pruning() -> str:
     from sapwood import pruning
 
@@ -92,5 +117,6 @@ PACKED_FORMATS = ("bitmap", "csr", "sell")
 #: Family name -> check; it returns what was compared and raises when something is wrong.
 FAMILIES: dict[str, Callable[[], str]] = {
     "masked_matmul": _masked_matmul,
+    "similarity": _similarity,
     "pruning": _pruning,
 }

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from sapwood.cli import chapters, console, tasks
-from sapwood.cli.chapters import ChapterResult, Context, compare_ways, prune_pack_run
+from sapwood.cli.chapters import (
+    ChapterResult,
+    Context,
+    compare_ways,
+    nearest_rows,
+    prune_pack_run,
+)
 from sapwood.cli.packing import Timing
 from sapwood.report.page import Chapter, Section, Stat, Table
 from tests.cli.conftest import Invoke
@@ -139,6 +145,15 @@ def test_second_chapter_says_what_it_compared(
     assert any("There was one seed" in remark for remark in result.remarks)
     dense = result.data["rows"][0]
     assert f"({100 * dense['mean']:.2f})" in result.remarks[0]
+
+
+def test_nearest_rows_finds_what_it_planted() -> None:
+    result = nearest_rows.run(Context(quick=True, seed=3, bars=None))  # type: ignore[arg-type]
+    assert result.data["missing"] == 0
+    assert result.data["pairs"] >= 300
+    assert result.data["digits_right"] > 0.95
+    assert result.data["speedup"] > 0
+    assert "All 300 planted copies were found." in result.remarks
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""``sapwood bench FAMILY``: how fast the packed formats are on this machine, against torch."""
+"""``sapwood bench FAMILY``: how fast the ops of a family are on this machine, against torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer points and rounds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Time packed sparse products against dense torch on this machine."""
+    """Time a family's ops against torch and other peers on this machine.
+
+    --vs and --size are for masked_matmul, whose table shows from which sparsity packing pays.
+    """
     if family not in FAMILIES:
         raise typer.BadParameter(
             f"{family!r} is not one of {', '.join(FAMILIES)}", param_hint="FAMILY"
@@ -43,14 +46,21 @@ def bench(
     import torch
     from rich.console import Console
 
+    from sapwood.cli.benchmarks.sweep import measure_family, show_family
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        report = measure(size, PEERS[vs], quick=quick, progress=None if as_json else Console())
+        if family != "masked_matmul":
+            report = measure_family(family, quick=quick)
+        else:
+            report = measure(size, PEERS[vs], quick=quick, progress=None if as_json else Console())
     finally:
         torch.set_num_threads(before)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
+    elif family != "masked_matmul":
+        show_family(report, Console())
     else:
         show(report, Console())
 

@@ -11,16 +11,34 @@ from sapwood.ops.masked_matmul import (
     sampled_matmul,
     unpack,
 )
+from sapwood.ops.similarity import (
+    CKAAccumulator,
+    Pairs,
+    kernel_cka,
+    linear_cka,
+    similarity_clusters,
+    similarity_matrix,
+    similarity_pairs,
+    similarity_topk,
+)
 
 __all__ = [
+    "CKAAccumulator",
     "Decision",
     "DispatchTable",
     "PackedWeight",
+    "Pairs",
     "calibrate",
     "explain",
+    "kernel_cka",
+    "linear_cka",
     "masked_matmul",
     "pack_sparse",
     "packed_linear",
     "sampled_matmul",
+    "similarity_clusters",
+    "similarity_matrix",
+    "similarity_pairs",
+    "similarity_topk",
     "unpack",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import sapwood.ops.masked_matmul  # noqa: F401  registers how to explain its ops
+import sapwood.ops.masked_matmul
+import sapwood.ops.similarity  # noqa: F401  both register how to explain their ops
 from sapwood import _backend, _check
 
 

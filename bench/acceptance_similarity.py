@@ -1,0 +1,296 @@
+"""The promises of the similarity family: target, measured, PASS or MISS.
+
+    python bench/acceptance_similarity.py [--threads 1] [--only pairs topk ...] [--json FILE]
+
+Ratios are taken within one process, the fastest of interleaved runs on each side. Memory is the
+growth of the peak resident set in a child process that runs one call, over inputs and results. The
+full-matrix way is timed twice: allocating its product, as a user would write it, and into a buffer
+that exists already; the target is meant against the first, the second is reported beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import history
+import torch
+from torch import Tensor
+
+import sapwood
+from sapwood._measure import machine_name
+
+N, D, THRESHOLD = 20_000, 256, 0.9
+PLANTED = 2_000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One promise."""
+
+    name: str
+    target: float
+    measured: float
+    unit: str = "x"
+    note: str = ""
+    at_least: bool = False
+
+    @property
+    def verdict(self) -> str:
+        met = self.measured >= self.target if self.at_least else self.measured <= self.target
+        return "PASS" if met else "MISS"
+
+
+def rows_of(n: int, d: int, planted: int = PLANTED) -> Tensor:
+    """Random rows; the last ones are noisy copies of the first, on both sides of the threshold."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d, generator=generator)
+    planted = min(planted, n // 2)
+    noise = torch.linspace(0.0, 1.0, planted)[:, None]  # cosines from 1 down to about 0.7
+    x[n - planted :] = x[:planted] + noise * torch.randn(planted, d, generator=generator)
+    return x
+
+
+def fastest(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of the fastest of some interleaved runs, each after every other."""
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def exact_pairs(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """The pairs in float64 by blocks, and those within 1e-6 of the threshold: (E, 2) each."""
+    unit = torch.nn.functional.normalize(x.double())
+    sure, near = [], []
+    for first in range(0, len(x), 2000):
+        s = unit[first : first + 2000] @ unit.T
+        for found, mask in ((sure, s >= threshold), (near, (s - threshold).abs() <= 1e-6)):
+            row, col = mask.triu(first + 1).nonzero(as_tuple=True)
+            found.append(torch.stack([row + first, col], 1))
+    return torch.cat(sure), torch.cat(near)
+
+
+def pairs(rounds: int) -> Iterator[Point]:
+    """Specification 2 and 10: 20 000 rows, threshold 0.9."""
+    x = rows_of(N, D)
+    found = sapwood.ops.similarity_pairs(x, threshold=THRESHOLD)
+    sure, near = exact_pairs(x, THRESHOLD)
+
+    def codes(p: Tensor) -> set[int]:
+        return set((p[:, 0] * N + p[:, 1]).tolist())
+
+    got = codes(torch.stack([found.row, found.col], 1))
+    wrong = (got ^ codes(sure)) - codes(near)
+    note = f"{len(found)} pairs, {len(near)} within 1e-6 of the threshold"
+    yield Point("2 pairs that differ from float64", 0, len(wrong), "", note)
+    buffer = torch.empty(N, N)
+    unit = torch.nn.functional.normalize(x)
+    times = fastest(
+        {
+            "sapwood": lambda: sapwood.ops.similarity_pairs(x, threshold=THRESHOLD),
+            "allocating": lambda: (unit @ unit.T >= THRESHOLD).nonzero(),
+            "buffer": lambda: (torch.mm(unit, unit.T, out=buffer) >= THRESHOLD).nonzero(),
+        },
+        rounds,
+    )
+    ours = times["sapwood"]
+    note = f"{ours:.2f} s against {times['allocating']:.2f} s"
+    yield Point("10 time / X @ X.T + nonzero", 0.65, ours / times["allocating"], "x", note)
+    yield Point("10 the same, stretch", 0.30, ours / times["allocating"])
+    note = f"against {times['buffer']:.2f} s"
+    yield Point(
+        "10 time / the same into a buffer, stretch", 0.55, ours / times["buffer"], "x", note
+    )
+
+
+def memory(rounds: int) -> Iterator[Point]:
+    """Specification 10 and 12: memory beyond inputs and results."""
+    for name in ("pairs", "topk"):
+        yield Point(f"10 extra memory, {name}", 64.0, in_child(name, N), " MB")
+
+
+def dense(rounds: int) -> Iterator[Point]:
+    """Specification 11: a threshold that keeps 5 % of the pairs."""
+    n = 8000
+    x = rows_of(n, D)
+    unit = torch.nn.functional.normalize(x)
+    threshold = float(torch.quantile((unit[:1000] @ unit[1000:2000].T).flatten(), 0.95))
+    times = fastest(
+        {
+            "sapwood": lambda: sapwood.ops.similarity_pairs(x, threshold=threshold),
+            "full": lambda: (unit @ unit.T >= threshold).triu_(1).nonzero(),
+        },
+        rounds,
+    )
+    yield Point("11 5 % of the pairs, time / full", 1.0, times["sapwood"] / times["full"])
+
+
+def topk(rounds: int) -> Iterator[Point]:
+    """Specification 3 and 12: the ten best of 20 000."""
+    x = rows_of(N, D)
+    unit = torch.nn.functional.normalize(x)
+
+    def chunked(size: int) -> None:
+        for first in range(0, N, size):
+            torch.topk(unit[first : first + size] @ unit.T, 10)
+
+    calls = {f"{c}": (lambda c=c: chunked(c)) for c in (256, 1024, 4096)}
+    times = fastest({**calls, "sapwood": lambda: sapwood.ops.similarity_topk(x, 10)}, rounds)
+    best = min(times[c] for c in calls)
+    note = f"{times['sapwood']:.2f} s against {best:.2f} s"
+    yield Point("12 k = 10, time / best chunked topk", 0.85, times["sapwood"] / best, "x", note)
+    values, indices = sapwood.ops.similarity_topk(x, 10)
+    sample = torch.arange(0, N, 40)
+    wide = torch.nn.functional.normalize(x.double())
+    s = wide[sample] @ wide.T
+    s[torch.arange(len(sample)), sample] = -torch.inf
+    lost = (s.topk(10).values - s.gather(1, indices[sample])).abs().max()
+    note = f"values within {float((values[sample] - s.gather(1, indices[sample])).abs().max()):.0e}"
+    yield Point("3 top-k short of float64, 500 rows", 1e-12, float(lost), "", note)
+
+
+def scale(rounds: int) -> Iterator[Point]:
+    """The issue: 100 000 rows, the ten best, in bounded memory."""
+    x = rows_of(100_000, D)
+    start = time.perf_counter()
+    sapwood.ops.similarity_topk(x, 10)
+    seconds = time.perf_counter() - start
+    extra = in_child("topk", 100_000)
+    yield Point("issue 1: top 10 of 100 000, extra memory", 512.0, extra, " MB", f"{seconds:.0f} s")
+
+
+def matrices(rounds: int) -> Iterator[Point]:
+    """Specification 13: small matrices."""
+    for n in (300, 1000):
+        x = rows_of(n, D)
+
+        def plain(x: Tensor = x) -> Tensor:
+            unit = torch.nn.functional.normalize(x)
+            return unit @ unit.T
+
+        times = fastest(
+            {"sapwood": lambda x=x: sapwood.ops.similarity_matrix(x), "plain": plain}, 40 * rounds
+        )
+        yield Point(f"13 matrix of {n} rows", 1.05, times["sapwood"] / times["plain"])
+
+
+def cka(rounds: int) -> Iterator[Point]:
+    """Specification 14: linear CKA against its three products."""
+    x, y = torch.randn(50_000, 512), torch.randn(50_000, 512)
+    times = fastest(
+        {
+            "sapwood": lambda: sapwood.ops.linear_cka(x, y),
+            "products": lambda: (x.T @ y, x.T @ x, y.T @ y),
+        },
+        rounds,
+    )
+    yield Point("14 linear_cka / three products", 1.3, times["sapwood"] / times["products"])
+
+
+def clusters(rounds: int) -> Iterator[Point]:
+    """Specification 15: clusters cost what the pairs cost."""
+    x = rows_of(50_000, 128)
+    times = fastest(
+        {
+            "clusters": lambda: sapwood.ops.similarity_clusters(x, threshold=THRESHOLD),
+            "pairs": lambda: sapwood.ops.similarity_pairs(x, threshold=THRESHOLD),
+        },
+        rounds,
+    )
+    yield Point("15 clusters / pairs, 50 000 rows", 1.1, times["clusters"] / times["pairs"])
+
+
+CHILDREN: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "pairs": lambda x: tuple(sapwood.ops.similarity_pairs(x, threshold=THRESHOLD)),
+    "topk": lambda x: sapwood.ops.similarity_topk(x, 10),
+}
+
+
+def in_child(name: str, n: int) -> float:
+    """Peak memory of a call in MB, beyond the inputs and the results, of a process of its own."""
+    command = (sys.executable, __file__, "--child", name, str(n), str(torch.get_num_threads()))
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def measure_child(name: str, n: int) -> float:
+    CHILDREN[name](rows_of(1000, D))  # threads and libraries exist
+    x = rows_of(n, D)
+    status = Path("/proc/self/status")
+
+    def kib(field: str) -> int:
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present size
+    before = kib("VmRSS")
+    results = CHILDREN[name](x)
+    return (kib("VmHWM") - before) * 1024 / 1e6 - sum(t.nbytes for t in results) / 1e6
+
+
+GROUPS: dict[str, Callable[[int], Iterator[Point]]] = {
+    "pairs": pairs,
+    "memory": memory,
+    "dense": dense,
+    "topk": topk,
+    "matrices": matrices,
+    "cka": cka,
+    "clusters": clusters,
+    "scale": scale,
+}
+
+
+def line(point: Point) -> str:
+    sign = ">=" if point.at_least else "<="
+    return (
+        f"{point.name:<44}{sign:>3}{point.target:>8.4g}{point.unit:<3}"
+        f"{point.measured:>9.3g}{point.unit:<3} {point.verdict:<4}  {point.note}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--only", nargs="*", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        name, n, threads = options.child
+        torch.set_num_threads(int(threads))
+        print(measure_child(name, int(n)))
+        return 0
+    torch.set_num_threads(options.threads)
+    print(f"{machine_name()}, torch {torch.__version__}, commit {history.commit()}")
+    points = []
+    for name in options.only:
+        for point in GROUPS[name](options.rounds):
+            points.append(point)
+            print(line(point), flush=True)
+    missed = sum(point.verdict == "MISS" for point in points)
+    print(f"{len(points)} points, {missed} missed")
+    if options.json:
+        content = {
+            "machine": machine_name(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "commit": history.commit(),
+            "points": [{**asdict(point), "verdict": point.verdict} for point in points],
+        }
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
