@@ -14,4 +14,9 @@ SAPWOOD_LIBRARY(m) {
   m.def("packed_linear_bitmap(Tensor x, Tensor values, Tensor words, Tensor row_ptr, Tensor? bias, int k, str activation) -> Tensor");
   m.def("packed_linear_sell(Tensor x, Tensor values, Tensor index, Tensor window, Tensor slice_ptr, Tensor? bias, int n, int k, str activation) -> Tensor");
   m.def("sampled_matmul(Tensor grad, Tensor x, Tensor cols, Tensor row_ptr) -> Tensor");
+
+  // logsemiring: c_ij = log sum_k exp(a_ik + b_kj)
+  m.def("log_matmul(Tensor a, Tensor b, bool exact) -> Tensor");
+  m.def("log_matmul_backward(Tensor grad, Tensor a, Tensor b, bool exact, bool need_a, bool need_b) -> (Tensor, Tensor)");
+  m.def("log_matmul_double_backward(Tensor grad, Tensor a, Tensor b, Tensor tangent_a, Tensor tangent_b) -> (Tensor, Tensor, Tensor)");
 }

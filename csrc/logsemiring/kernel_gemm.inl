@@ -1,0 +1,242 @@
+// The product of two packed operands, and what is made of it. Compiled once per instruction set.
+namespace sapwood::logsemiring::SAPWOOD_ISA {
+
+// shift[i] = max_k x[i, k], ignoring NaN; rows [0, m) of any strides.
+template <class T>
+SAPWOOD_TARGET void row_maxima(const Matrix<T>& x, int64_t m, int64_t k, T* top) {
+  constexpr int W = Lanes<T>::count;
+  if (x.col_stride == 1) {
+    for (int64_t i = 0; i < m; ++i) {
+      const T* row = x.data + i * x.row_stride;
+      typename Lanes<T>::type best = typename Lanes<T>::type{} - kInf<T>, v;
+      int64_t l = 0;
+      for (; l + W <= k; l += W) {
+        load<T>(v, row + l);
+        best = v > best ? v : best;
+      }
+      T lanes[W], most = -kInf<T>;
+      store<T>(lanes, best);
+      for (int w = 0; w < W; ++w) most = lanes[w] > most ? lanes[w] : most;
+      for (; l < k; ++l) most = row[l] > most ? row[l] : most;
+      top[i] = most;
+    }
+    return;
+  }
+  std::fill_n(top, m, -kInf<T>);
+  for (int64_t l = 0; l < k; ++l) {
+    const T* column = x.data + l * x.col_stride;
+    if (x.row_stride == 1) {
+      for (int64_t i = 0; i < m; ++i) top[i] = column[i] > top[i] ? column[i] : top[i];
+    } else {
+      for (int64_t i = 0; i < m; ++i) {
+        const T v = column[i * x.row_stride];
+        top[i] = v > top[i] ? v : top[i];
+      }
+    }
+  }
+}
+
+// out[k][P] for `lanes` <= P lanes and terms [0, depth); lanes that do not exist become 0.
+template <Below below, bool exponential, int64_t P, class T>
+SAPWOOD_TARGET void pack_panel(const Operand<T>& x, int64_t lane0, int64_t lanes, int64_t depth,
+                               T* out) {
+  const T* from = x.data + lane0 * x.lane_stride;
+  T shifts[P + 16] = {};  // room for a whole vector
+  if (exponential && x.lane_shift != nullptr) std::copy_n(x.lane_shift + lane0, lanes, shifts);
+  if (x.lane_stride == 1) {
+    for (int64_t l = 0; l < depth; ++l) {
+      T* row = out + l * P;
+      std::copy_n(from + l * x.depth_stride, lanes, row);
+      std::fill_n(row + lanes, P - lanes, T(0));
+      if constexpr (exponential) {
+        if (x.lane_shift != nullptr) {
+          exp_row<below, true, T>(row, shifts, lanes);
+        } else {
+          exp_row<below, false, T>(row, x.depth_shift + l, lanes);
+        }
+      }
+    }
+    return;
+  }
+  constexpr int64_t kPiece = 256;
+  T piece[kPiece];
+  for (int64_t first = 0; first < depth; first += kPiece) {
+    const int64_t count = std::min(kPiece, depth - first);
+    for (int64_t p = 0; p < P; ++p) {
+      if (p < lanes) {
+        const T* lane = from + p * x.lane_stride + first * x.depth_stride;
+        for (int64_t l = 0; l < count; ++l) piece[l] = lane[l * x.depth_stride];
+        if constexpr (exponential) {
+          if (x.lane_shift != nullptr) {
+            exp_row<below, false, T>(piece, shifts + p, count);
+          } else {
+            exp_row<below, true, T>(piece, x.depth_shift + first, count);
+          }
+        }
+      } else {
+        std::fill_n(piece, count, T(0));
+      }
+      T* to = out + first * P + p;
+      for (int64_t l = 0; l < count; ++l) to[l * P] = piece[l];
+    }
+  }
+}
+
+// Packs a panel; `keep_nan` decides whether NaN stays (forward: it refuses the certificate) or
+// becomes 0 (backward: the exact kernel deals with it).
+template <int64_t P, class T>
+SAPWOOD_TARGET void pack(const Operand<T>& x, bool keep_nan, int64_t lane0, int64_t lanes,
+                         int64_t depth, T* out) {
+  const bool exponential = x.lane_shift != nullptr || x.depth_shift != nullptr;
+  if (!exponential) return pack_panel<Below::zero, false, P>(x, lane0, lanes, depth, out);
+  if (keep_nan) return pack_panel<Below::zero, true, P>(x, lane0, lanes, depth, out);
+  return pack_panel<Below::zero_and_nan, true, P>(x, lane0, lanes, depth, out);
+}
+
+template <class T>
+SAPWOOD_TARGET void pack_left(const Operand<T>& x, bool keep_nan, int64_t lane0, int64_t lanes,
+                              int64_t depth, T* out) {
+  pack<kRows>(x, keep_nan, lane0, lanes, depth, out);
+}
+
+template <class T>
+SAPWOOD_TARGET void pack_right(const Operand<T>& x, bool keep_nan, int64_t lane0, int64_t lanes,
+                               int64_t depth, T* out) {
+  pack<kStrip<T>>(x, keep_nan, lane0, lanes, depth, out);
+}
+
+// sums (kRows, V vectors) += left (depth, kRows)^T right (depth, kStrip) for one slice of columns.
+template <int V, class T>
+SAPWOOD_TARGET SAPWOOD_INLINE void register_tile(const T* __restrict left,
+                                                 const T* __restrict right, int64_t depth, T* sums,
+                                                 int64_t pitch) {
+  using Vec = typename Lanes<T>::type;
+  constexpr int W = Lanes<T>::count;
+  Vec acc[kRows][V];
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) load<T>(acc[i][v], sums + i * pitch + v * W);
+  }
+  for (int64_t l = 0; l < depth; ++l) {
+    Vec b[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) load<T>(b[v], right + l * kStrip<T> + v * W);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[i][v] += left[l * kRows + i] * b[v];
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store<T>(sums + i * pitch + v * W, acc[i][v]);
+  }
+}
+
+// sums (kTileRows, kTileCols) = left right for `panels` of kRows and `strips` of kStrip; packed
+// panels are `left_depth` = `right_depth` = depth terms long.
+template <class T>
+SAPWOOD_TARGET void tile_product(const T* left, const T* right, int64_t depth, int64_t panels,
+                                 int64_t strips, T* sums) {
+  constexpr int V = SAPWOOD_IS_AVX512 ? 2 : 1;
+  constexpr int64_t S = kStrip<T>, C = kTileCols<T>;
+  for (int64_t i = 0; i < panels * kRows; ++i) std::fill_n(sums + i * C, strips * S, T(0));
+  for (int64_t l = 0; l < depth; l += kDepth) {
+    const int64_t terms = std::min(kDepth, depth - l);
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t s = 0; s < strips; ++s) {
+        for (int64_t w = 0; w < S; w += V * Lanes<T>::count) {
+          register_tile<V, T>(left + p * depth * kRows + l * kRows,
+                              right + s * depth * S + l * S + w, terms,
+                              sums + p * kRows * C + s * S + w, C);
+        }
+      }
+    }
+  }
+}
+
+// What became of one row of S in a strip: which results are certified.
+// c = alpha + beta + log S where certified, -inf where a whole row or column is zero. Returns false
+// when an entry is neither.
+template <class T>
+SAPWOOD_TARGET SAPWOOD_INLINE bool finish_row(const T* __restrict s, T alpha,
+                                              const T* __restrict beta, T least, int64_t count,
+                                              T* __restrict c) {
+  using I = typename Lanes<T>::bits;
+  I open = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const bool zero = (alpha == -kInf<T> || beta[j] == -kInf<T>) & (s[j] == T(0));
+    const bool certified = s[j] >= least && s[j] < kInf<T>;
+    open |= static_cast<I>(!(zero | certified));
+    c[j] = zero ? -kInf<T> : alpha + beta[j] + math::log(s[j]);
+  }
+  return open == 0;
+}
+
+// w = grad / S, 0 where a whole row or column is zero.
+template <class T>
+SAPWOOD_TARGET SAPWOOD_INLINE bool weigh_row(const T* __restrict s, T alpha,
+                                             const T* __restrict beta, T least, int64_t count,
+                                             const T* __restrict grad, int64_t grad_stride,
+                                             T scale, T* __restrict w) {
+  using I = typename Lanes<T>::bits;
+  I open = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const bool zero = (alpha == -kInf<T> || beta[j] == -kInf<T>) & (s[j] == T(0));
+    const bool certified = s[j] >= least && s[j] < kInf<T>;
+    open |= static_cast<I>(!(zero | certified));
+    w[j] = certified ? grad[j * grad_stride] * scale / s[j] : T(0);
+  }
+  return open == 0;
+}
+
+// A strip of a finished tile: out (rows, count) of pitch `pitch`. open[group] is set where a group
+// of kGroup rows has an entry without a certificate; such a group is written again later.
+template <class T>
+SAPWOOD_TARGET void finish_strip(const T* sums, const T* alpha, const T* beta, T least,
+                                 int64_t rows, int64_t count, T* out, int64_t pitch,
+                                 uint8_t* open) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool done = finish_row<T>(sums + i * kTileCols<T>, alpha[i], beta, least, count,
+                                    out + i * pitch);
+    if (!done) open[i / kGroup] = 1;
+  }
+}
+
+template <class T>
+SAPWOOD_TARGET void weigh_strip(const T* sums, const T* alpha, const T* beta, T least, int64_t rows,
+                                int64_t count, const Matrix<T>& grad, T scale, T* out,
+                                int64_t pitch, uint8_t* open) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool done =
+        weigh_row<T>(sums + i * kTileCols<T>, alpha[i], beta, least, count,
+                     grad.data + i * grad.row_stride, grad.col_stride, scale, out + i * pitch);
+    if (!done) open[i / kGroup] = 1;
+  }
+  for (int64_t i = 0; i < rows; ++i) {  // an open group belongs to the exact kernel altogether
+    if (open[i / kGroup] != 0) std::fill_n(out + i * pitch, count, T(0));
+  }
+}
+
+// out = exp(x - shift) sums: the shift is that of row i, or that of column j.
+template <class T>
+SAPWOOD_TARGET void scale_tile(const T* sums, const Matrix<T>& x, const T* row_shift,
+                               const T* col_shift, T scale, int64_t rows, int64_t cols, T* out,
+                               int64_t pitch) {
+  T e[kTileCols<T>];
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) e[j] = x.at(i, j);
+    if (row_shift != nullptr) {
+      exp_row<Below::zero_and_nan, false, T>(e, row_shift + i, cols);
+    } else {
+      exp_row<Below::zero_and_nan, true, T>(e, col_shift, cols);
+    }
+    const T* s = sums + i * kTileCols<T>;
+    T* to = out + i * pitch;
+    for (int64_t j = 0; j < cols; ++j) to[j] = e[j] == T(0) ? T(0) : e[j] * s[j] * scale;
+  }
+}
+
+}  // namespace sapwood::logsemiring::SAPWOOD_ISA

@@ -1,0 +1,111 @@
+// Vectors, and the exponential of a number that is not positive. Compiled once per instruction set.
+namespace sapwood::logsemiring::SAPWOOD_ISA {
+
+template <class T>
+struct Lanes {
+  static constexpr int count = SAPWOOD_VECTOR_BYTES / static_cast<int>(sizeof(T));
+  typedef T type __attribute__((vector_size(SAPWOOD_VECTOR_BYTES)));
+  using bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  typedef bits bits_type __attribute__((vector_size(SAPWOOD_VECTOR_BYTES)));
+};
+
+template <class T>
+struct Exp2;
+
+// Below `lowest` e^x is not a normal number; `magic` rounds to an integer and leaves it, plus the
+// exponent's bias, in the low bits. The polynomial is 2^f for |f| <= 1/2.
+template <>
+struct Exp2<float> {
+  static constexpr float lowest = -87.0f, log2e = 0x1.715476p+0f, log2e_low = 0x1.4ae0cp-26f;
+  static constexpr float magic = 0x1.8p+23f + 127.0f;
+  static constexpr int mantissa = 23, degree = 6;
+  static constexpr float c[] = {1.0f,           0x1.62e43p-1f,  0x1.ebfbep-3f, 0x1.c6aeccp-5f,
+                                0x1.3b2a1cp-7f, 0x1.5f48cp-10f, 0x1.444p-13f};
+};
+template <>
+struct Exp2<double> {
+  static constexpr double lowest = -708.0, log2e = 0x1.71547652b82fep+0;
+  static constexpr double log2e_low = 0x1.777d0ffda0d24p-56;
+  static constexpr double magic = 0x1.8p+52 + 1023.0;
+  static constexpr int mantissa = 52, degree = 11;
+  static constexpr double c[] = {1.0,
+                                 0x1.62e42fefa39efp-1,
+                                 0x1.ebfbdff82c5afp-3,
+                                 0x1.c6b08d704a0cap-5,
+                                 0x1.3b2ab6fb9f181p-7,
+                                 0x1.5d87fe78a37bdp-10,
+                                 0x1.4309131131bf6p-13,
+                                 0x1.ffcbfc6fc4bc5p-17,
+                                 0x1.62bfc2bc9c677p-20,
+                                 0x1.b524e787e1580p-24,
+                                 0x1.e6229e3c1c3ccp-28,
+                                 0x1.e9f2b46af58d5p-32};
+};
+
+template <class T>
+SAPWOOD_TARGET SAPWOOD_INLINE void load(typename Lanes<T>::type& v, const T* from) {
+  __builtin_memcpy(&v, from, sizeof v);
+}
+
+template <class T>
+SAPWOOD_TARGET SAPWOOD_INLINE void store(T* to, const typename Lanes<T>::type& v) {
+  __builtin_memcpy(to, &v, sizeof v);
+}
+
+// What an argument below Exp2::lowest becomes: any number below 2^-124 (cheapest, for a sum that
+// is at least 1), exactly zero, or exactly zero for NaN as well.
+enum class Below { tiny, zero, zero_and_nan };
+
+// v = e^v within 2 ulp for v <= 0; NaN is kept unless said otherwise.
+template <Below below, class T>
+SAPWOOD_TARGET SAPWOOD_INLINE void exp_nonpositive(typename Lanes<T>::type& v) {
+  using V = typename Lanes<T>::type;
+  using I = typename Lanes<T>::bits_type;
+  using E = Exp2<T>;
+  const V lowest = V{} + E::lowest;
+  const V d = v < lowest ? lowest : v;
+  const V shifted = d * E::log2e + E::magic;
+  const V n = shifted - E::magic;
+  V f = d * E::log2e - n;
+  if constexpr (below != Below::tiny) f = d * E::log2e_low + f;
+  V p = V{} + E::c[E::degree];
+#pragma GCC unroll 16
+  for (int i = E::degree - 1; i >= 0; --i) p = p * f + E::c[i];
+  I bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits <<= E::mantissa;
+  V scale;
+  __builtin_memcpy(&scale, &bits, sizeof scale);
+  p *= scale;
+  if constexpr (below == Below::zero) p = v < lowest ? V{} : p;
+  if constexpr (below == Below::zero_and_nan) p = v >= lowest ? p : V{};
+  v = p;
+}
+
+// x[i] = exp(x[i] - shift[i or 0]) in place; count may be any number up to the buffer's padding.
+template <Below below, bool per_element, class T>
+SAPWOOD_TARGET SAPWOOD_INLINE void exp_row(T* x, const T* shift, int64_t count) {
+  constexpr int W = Lanes<T>::count;
+  typename Lanes<T>::type v, s = typename Lanes<T>::type{} + shift[0];
+  int64_t i = 0;
+  for (; i + W <= count; i += W) {
+    load<T>(v, x + i);
+    if constexpr (per_element) load<T>(s, shift + i);
+    v -= s;
+    exp_nonpositive<below, T>(v);
+    store<T>(x + i, v);
+  }
+  if (i < count) {
+    T tail[W] = {}, shifts[W] = {};
+    std::copy_n(x + i, count - i, tail);
+    if constexpr (per_element) std::copy_n(shift + i, count - i, shifts);
+    load<T>(v, tail);
+    if constexpr (per_element) load<T>(s, shifts);
+    v -= s;
+    exp_nonpositive<below, T>(v);
+    store<T>(tail, v);
+    std::copy_n(tail, count - i, x + i);
+  }
+}
+
+}  // namespace sapwood::logsemiring::SAPWOOD_ISA
