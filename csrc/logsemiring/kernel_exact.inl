@@ -215,13 +215,19 @@ SAPWOOD_TARGET inline T count_infinite(const Matrix<T>& a, const Matrix<T>& b, i
 // some maximum is +inf; those entries need another look (exact_infinite).
 template <class T>
 SAPWOOD_TARGET bool exact_finish(const T* top, const T* sum, int64_t count, T* c) {
-  bool infinite = false;
-  for (int64_t j = 0; j < count; ++j) {
-    const T s = top[j] == -kInf<T> && sum[j] == sum[j] ? T(1) : sum[j];
-    c[j] = top[j] + math::log(s);
-    infinite = infinite || top[j] == kInf<T>;
+  constexpr int W = Lanes<T>::count;
+  typename Lanes<T>::bits_type infinite{};
+  for (int64_t j = 0; j < count; j += W) {
+    typename Lanes<T>::type t, s;
+    load<T>(t, top + j);
+    load<T>(s, sum + j);
+    s = (t == -kInf<T>)&(s == s) ? typename Lanes<T>::type{} + T(1) : s;
+    log_positive<T>(s);
+    infinite |= t == kInf<T>;
+    t += s;
+    store_some<T>(c + j, t, count - j);
   }
-  return infinite;
+  return any<T>(infinite);
 }
 
 // One group of rows of c, exact.

@@ -157,39 +157,65 @@ SAPWOOD_TARGET void tile_product(const T* left, const T* right, int64_t depth, i
   }
 }
 
-// What became of one row of S in a strip: which results are certified.
-// c = alpha + beta + log S where certified, -inf where a whole row or column is zero. Returns false
-// when an entry is neither.
+// What became of some entries of S: certified, or zero because a whole row or column is, or neither.
 template <class T>
-SAPWOOD_TARGET SAPWOOD_INLINE bool finish_row(const T* __restrict s, T alpha,
-                                              const T* __restrict beta, T least, int64_t count,
-                                              T* __restrict c) {
-  using I = typename Lanes<T>::bits;
-  I open = 0;
-  for (int64_t j = 0; j < count; ++j) {
-    const bool zero = (alpha == -kInf<T> || beta[j] == -kInf<T>) & (s[j] == T(0));
-    const bool certified = s[j] >= least && s[j] < kInf<T>;
-    open |= static_cast<I>(!(zero | certified));
-    c[j] = zero ? -kInf<T> : alpha + beta[j] + math::log(s[j]);
+struct Verdict {
+  typename Lanes<T>::bits_type certified, zero;
+
+  SAPWOOD_TARGET SAPWOOD_INLINE Verdict(const typename Lanes<T>::type& s, T alpha,
+                                        const typename Lanes<T>::type& beta, T least) {
+    certified = (s >= least) & (s < kInf<T>);
+    zero = (s == T(0)) & ((beta == -kInf<T>) | (alpha == -kInf<T> ? -1 : 0));
   }
-  return open == 0;
+};
+
+// c = alpha + beta + log S where certified, -inf where a whole row or column is zero. Returns false
+// when an entry is neither. beta is readable up to a full strip.
+template <class T>
+SAPWOOD_TARGET SAPWOOD_INLINE bool finish_row(const T* s, T alpha, const T* beta, T least,
+                                              int64_t count, T* c) {
+  constexpr int W = Lanes<T>::count;
+  typename Lanes<T>::bits_type open{};
+  for (int64_t j = 0; j < count; j += W) {
+    typename Lanes<T>::type v, shift;
+    load<T>(v, s + j);
+    load<T>(shift, beta + j);
+    const Verdict<T> is(v, alpha, shift, least);
+    open |= ~(is.certified | is.zero);
+    log_positive<T>(v);
+    v += alpha + shift;
+    v = is.zero ? typename Lanes<T>::type{} - kInf<T> : v;
+    store_some<T>(c + j, v, count - j);
+  }
+  return !any<T>(open);
 }
 
 // w = grad / S, 0 where a whole row or column is zero.
 template <class T>
-SAPWOOD_TARGET SAPWOOD_INLINE bool weigh_row(const T* __restrict s, T alpha,
-                                             const T* __restrict beta, T least, int64_t count,
-                                             const T* __restrict grad, int64_t grad_stride,
-                                             T scale, T* __restrict w) {
-  using I = typename Lanes<T>::bits;
-  I open = 0;
-  for (int64_t j = 0; j < count; ++j) {
-    const bool zero = (alpha == -kInf<T> || beta[j] == -kInf<T>) & (s[j] == T(0));
-    const bool certified = s[j] >= least && s[j] < kInf<T>;
-    open |= static_cast<I>(!(zero | certified));
-    w[j] = certified ? grad[j * grad_stride] * scale / s[j] : T(0);
+SAPWOOD_TARGET SAPWOOD_INLINE bool weigh_row(const T* s, T alpha, const T* beta, T least,
+                                             int64_t count, const T* grad, int64_t grad_stride,
+                                             T scale, T* w) {
+  constexpr int W = Lanes<T>::count;
+  typename Lanes<T>::bits_type open{};
+  for (int64_t j = 0; j < count; j += W) {
+    typename Lanes<T>::type v, shift, g;
+    load<T>(v, s + j);
+    load<T>(shift, beta + j);
+    if (grad_stride == 1 && count - j >= W) {
+      load<T>(g, grad + j);
+    } else {
+      T lanes[W] = {};
+      for (int64_t i = 0; i < std::min<int64_t>(W, count - j); ++i) {
+        lanes[i] = grad[(j + i) * grad_stride];
+      }
+      load<T>(g, lanes);
+    }
+    const Verdict<T> is(v, alpha, shift, least);
+    open |= ~(is.certified | is.zero);
+    v = is.certified ? g * scale / v : typename Lanes<T>::type{};
+    store_some<T>(w + j, v, count - j);
   }
-  return open == 0;
+  return !any<T>(open);
 }
 
 // A strip of a finished tile: out (rows, count) of pitch `pitch`. open[group] is set where a group

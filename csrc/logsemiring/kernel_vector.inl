@@ -108,4 +108,53 @@ SAPWOOD_TARGET SAPWOOD_INLINE void exp_row(T* x, const T* shift, int64_t count) 
   }
 }
 
+// v = ln v within 2 ulp for normal v > 0; NaN is kept. Double goes through the standard library.
+template <class T>
+SAPWOOD_TARGET SAPWOOD_INLINE void log_positive(typename Lanes<T>::type& v) {
+  using V = typename Lanes<T>::type;
+  if constexpr (sizeof(T) == 8) {
+    T lanes[Lanes<T>::count];
+    store<T>(lanes, v);
+    for (T& x : lanes) x = std::log(x);
+    load<T>(v, lanes);
+  } else {
+    using I = typename Lanes<T>::bits_type;
+    constexpr float c[] = {-0x1.000006p-2f, 0x1.99a4b6p-3f,  -0x1.555c4ep-3f, 0x1.233766p-3f,
+                           -0x1.fc220ep-4f, 0x1.e6f08cp-4f, -0x1.de3bf8p-4f, 0x1.14573ep-4f};
+    I bits;
+    __builtin_memcpy(&bits, &v, sizeof bits);
+    const I exponent = (bits - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
+    bits -= exponent << 23;
+    V f;
+    __builtin_memcpy(&f, &bits, sizeof f);
+    f -= 1.0f;
+    const V n = __builtin_convertvector(exponent, V);
+    V p = V{} + c[7];
+#pragma GCC unroll 8
+    for (int i = 6; i >= 0; --i) p = p * f + c[i];
+    p = p * f + 0x1.555548p-2f;
+    V y = (p * f) * (f * f) + n * 0x1.7f7d1cp-20f;
+    y = (y - 0.5f * f * f) + f + n * 0x1.62e4p-1f;
+    v = v == v ? y : v;
+  }
+}
+
+// Whether any lane of a comparison holds.
+template <class T>
+SAPWOOD_TARGET SAPWOOD_INLINE bool any(const typename Lanes<T>::bits_type& mask) {
+  typename Lanes<T>::bits found = 0;
+  for (int i = 0; i < Lanes<T>::count; ++i) found |= mask[i];
+  return found != 0;
+}
+
+// Stores the first `count` lanes.
+template <class T>
+SAPWOOD_TARGET SAPWOOD_INLINE void store_some(T* to, const typename Lanes<T>::type& v,
+                                              int64_t count) {
+  if (count >= Lanes<T>::count) return store<T>(to, v);
+  T lanes[Lanes<T>::count];
+  store<T>(lanes, v);
+  std::copy_n(lanes, count, to);
+}
+
 }  // namespace sapwood::logsemiring::SAPWOOD_ISA
