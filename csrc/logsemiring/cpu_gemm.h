@@ -53,16 +53,17 @@ void packed_product(const Operand<T>& left, const Operand<T>& right, int64_t m, 
 }
 
 // The maxima of the rows of a and of the columns of b, and what is subtracted before exp: 0 for
-// -inf, so that an empty row gives zeros and not NaN. beta is readable up to a full strip.
+// -inf, so that an empty row gives zeros and not NaN. All are readable beyond their
+// ends up to a full strip.
 template <class T>
 class Shifts {
  public:
   Shifts(const Matrix<T>& a, const Matrix<T>& b, int64_t m, int64_t n, int64_t k)
-      : values_(static_cast<size_t>(2 * (m + n + kStrip<T>))),
+      : values_(static_cast<size_t>(2 * (m + n) + 4 * kStrip<T>)),
         alpha(values_.data()),
-        beta(alpha + m),
+        beta(alpha + m + kStrip<T>),
         row_shift(beta + n + kStrip<T>),
-        col_shift(row_shift + m) {
+        col_shift(row_shift + m + kStrip<T>) {
     fill(a, m, k, alpha, row_shift);
     fill(b.transposed(), n, k, beta, col_shift);
   }

@@ -182,12 +182,7 @@ class ExactGradients {
 template <class T>
 T grad_scale(const Matrix<T>& grad, int64_t m, int64_t n) {
   T most = 0;
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      const T g = std::abs(grad.at(i, j));
-      most = g > most && g < kInf<T> ? g : most;
-    }
-  }
+  SAPWOOD_ISA_CALL(largest_finite(grad, m, n, &most));
   return most > T(1 << 20) ? std::exp2(-std::ceil(std::log2(most))) : T(1);
 }
 

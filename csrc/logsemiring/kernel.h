@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #if defined(__x86_64__)
 #pragma GCC diagnostic push  // gcc 12 warns of its own header's undefined values
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

@@ -52,7 +52,7 @@ SAPWOOD_TARGET SAPWOOD_INLINE void maxima_block(const T* __restrict a, const T* 
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
         const Vec x = a[l * kGroup + r] + y[v];
-        best[r][v] = x > best[r][v] ? x : best[r][v];
+        larger<T>(best[r][v], x, best[r][v]);
       }
     }
   }

@@ -37,10 +37,7 @@ SAPWOOD_TARGET void exact_grad_rows(const Packed<T>& x, const Weights<T>& out, i
         term<second>(x, out, l, r, w, p);
         total += p;
       }
-      T lanes[W], sum = 0;
-      store<T>(lanes, total);
-      for (int i = 0; i < W; ++i) sum += lanes[i];
-      da[r * pitch + l] += sum;
+      da[r * pitch + l] += sum_lanes<T>(total);
     }
   }
 }

@@ -12,7 +12,7 @@ SAPWOOD_TARGET void row_maxima(const Matrix<T>& x, int64_t m, int64_t k, T* top)
       int64_t l = 0;
       for (; l + W <= k; l += W) {
         load<T>(v, row + l);
-        best = v > best ? v : best;
+        larger<T>(best, v, best);
       }
       T lanes[W], most = -kInf<T>;
       store<T>(lanes, best);
@@ -36,50 +36,91 @@ SAPWOOD_TARGET void row_maxima(const Matrix<T>& x, int64_t m, int64_t k, T* top)
   }
 }
 
-// out[k][P] for `lanes` <= P lanes and terms [0, depth); lanes that do not exist become 0.
+// e^(x - shift) of one vector whose lanes are consecutive lanes of the operand (across) or
+// consecutive terms of one lane.
+template <Below below, bool exponential, bool across, class T>
+SAPWOOD_TARGET SAPWOOD_INLINE void shifted_exp(const Operand<T>& x, int64_t lane, int64_t term,
+                                               typename Lanes<T>::type& v) {
+  if constexpr (exponential) {
+    const bool by_lane = x.lane_shift != nullptr;
+    const T* shift = by_lane ? x.lane_shift + lane : x.depth_shift + term;
+    typename Lanes<T>::type s = typename Lanes<T>::type{} + shift[0];
+    if (by_lane == across) load<T>(s, shift);
+    v -= s;
+    exp_nonpositive<below, T>(v);
+  }
+}
+
+// Panel of lanes that lie side by side in memory.
+template <Below below, bool exponential, int64_t P, class T>
+SAPWOOD_TARGET void pack_across(const Operand<T>& x, int64_t lane0, int64_t lanes, int64_t depth,
+                                T* out) {
+  constexpr int W = Lanes<T>::count;
+  const T* from = x.data + lane0;
+  typename Lanes<T>::type v;
+  for (int64_t l = 0; l < depth; ++l) {
+    T row[P + W];
+    for (int64_t p = 0; p < P; p += W) {
+      if (lanes - p >= W) {
+        load<T>(v, from + l * x.depth_stride + p);
+        shifted_exp<below, exponential, true>(x, lane0 + p, l, v);
+        store<T>(row + p, v);
+      } else {
+        T some[W] = {};
+        if (lanes > p) std::copy_n(from + l * x.depth_stride + p, lanes - p, some);
+        load<T>(v, some);
+        if (lanes > p) shifted_exp<below, exponential, true>(x, lane0 + p, l, v);
+        store<T>(row + p, v);
+        std::fill(row + std::max<int64_t>(lanes, p), row + p + W, T(0));
+      }
+    }
+    __builtin_memcpy(out + l * P, row, P * sizeof(T));
+  }
+}
+
+// Panel of lanes that lie apart: squares of W terms of W lanes are transposed in registers.
+template <Below below, bool exponential, int64_t P, class T>
+SAPWOOD_TARGET void pack_down(const Operand<T>& x, int64_t lane0, int64_t lanes, int64_t depth,
+                              T* out) {
+  constexpr int W = Lanes<T>::count;
+  for (int64_t first = 0; first < depth; first += W) {
+    const int64_t terms = std::min<int64_t>(W, depth - first);
+    for (int64_t p = 0; p < P; p += W) {
+      typename Lanes<T>::type square[W];
+      for (int i = 0; i < W; ++i) {
+        square[i] = typename Lanes<T>::type{};
+        if (p + i >= lanes) continue;
+        const T* lane = x.data + (lane0 + p + i) * x.lane_stride + first * x.depth_stride;
+        if (terms == W && x.depth_stride == 1) {
+          load<T>(square[i], lane);
+        } else {
+          T some[W] = {};
+          for (int64_t l = 0; l < terms; ++l) some[l] = lane[l * x.depth_stride];
+          load<T>(square[i], some);
+        }
+        shifted_exp<below, exponential, false>(x, lane0 + p + i, first, square[i]);
+      }
+      transpose<W / 2, T>(square);
+      const int64_t width = std::min<int64_t>(W, P - p);
+      for (int64_t l = 0; l < terms; ++l) {
+        T* to = out + (first + l) * P + p;
+        if (width == W || l + 1 < terms) {
+          store<T>(to, square[l]);  // what runs over is written again by the next term
+        } else {
+          store_some<T>(to, square[l], width);
+        }
+      }
+    }
+  }
+}
+
+// out[k][P] for `lanes` <= P lanes and terms [0, depth); lanes that do not exist become 0. Shifts are
+// readable up to whole vectors.
 template <Below below, bool exponential, int64_t P, class T>
 SAPWOOD_TARGET void pack_panel(const Operand<T>& x, int64_t lane0, int64_t lanes, int64_t depth,
                                T* out) {
-  const T* from = x.data + lane0 * x.lane_stride;
-  T shifts[P + 16] = {};  // room for a whole vector
-  if (exponential && x.lane_shift != nullptr) std::copy_n(x.lane_shift + lane0, lanes, shifts);
-  if (x.lane_stride == 1) {
-    for (int64_t l = 0; l < depth; ++l) {
-      T* row = out + l * P;
-      std::copy_n(from + l * x.depth_stride, lanes, row);
-      std::fill_n(row + lanes, P - lanes, T(0));
-      if constexpr (exponential) {
-        if (x.lane_shift != nullptr) {
-          exp_row<below, true, T>(row, shifts, lanes);
-        } else {
-          exp_row<below, false, T>(row, x.depth_shift + l, lanes);
-        }
-      }
-    }
-    return;
-  }
-  constexpr int64_t kPiece = 256;
-  T piece[kPiece];
-  for (int64_t first = 0; first < depth; first += kPiece) {
-    const int64_t count = std::min(kPiece, depth - first);
-    for (int64_t p = 0; p < P; ++p) {
-      if (p < lanes) {
-        const T* lane = from + p * x.lane_stride + first * x.depth_stride;
-        for (int64_t l = 0; l < count; ++l) piece[l] = lane[l * x.depth_stride];
-        if constexpr (exponential) {
-          if (x.lane_shift != nullptr) {
-            exp_row<below, false, T>(piece, shifts + p, count);
-          } else {
-            exp_row<below, true, T>(piece, x.depth_shift + first, count);
-          }
-        }
-      } else {
-        std::fill_n(piece, count, T(0));
-      }
-      T* to = out + first * P + p;
-      for (int64_t l = 0; l < count; ++l) to[l * P] = piece[l];
-    }
-  }
+  if (x.lane_stride == 1) return pack_across<below, exponential, P>(x, lane0, lanes, depth, out);
+  pack_down<below, exponential, P>(x, lane0, lanes, depth, out);
 }
 
 // Packs a panel; `keep_nan` decides whether NaN stays (forward: it refuses the certificate) or
@@ -160,12 +201,17 @@ SAPWOOD_TARGET void tile_product(const T* left, const T* right, int64_t depth, i
 // What became of some entries of S: certified, or zero because a whole row or column is, or neither.
 template <class T>
 struct Verdict {
-  typename Lanes<T>::bits_type certified, zero;
+  typename Lanes<T>::bits_type certified, zero, open;
 
   SAPWOOD_TARGET SAPWOOD_INLINE Verdict(const typename Lanes<T>::type& s, T alpha,
-                                        const typename Lanes<T>::type& beta, T least) {
+                                        const typename Lanes<T>::type& beta, T least,
+                                        int64_t count) {
     certified = (s >= least) & (s < kInf<T>);
     zero = (s == T(0)) & ((beta == -kInf<T>) | (alpha == -kInf<T> ? -1 : 0));
+    open = ~(certified | zero);
+    if (count < Lanes<T>::count) {  // lanes that do not exist are not open
+      for (int i = 0; i < Lanes<T>::count; ++i) open[i] = i < count ? open[i] : 0;
+    }
   }
 };
 
@@ -180,8 +226,8 @@ SAPWOOD_TARGET SAPWOOD_INLINE bool finish_row(const T* s, T alpha, const T* beta
     typename Lanes<T>::type v, shift;
     load<T>(v, s + j);
     load<T>(shift, beta + j);
-    const Verdict<T> is(v, alpha, shift, least);
-    open |= ~(is.certified | is.zero);
+    const Verdict<T> is(v, alpha, shift, least, count - j);
+    open |= is.open;
     log_positive<T>(v);
     v += alpha + shift;
     v = is.zero ? typename Lanes<T>::type{} - kInf<T> : v;
@@ -210,8 +256,8 @@ SAPWOOD_TARGET SAPWOOD_INLINE bool weigh_row(const T* s, T alpha, const T* beta,
       }
       load<T>(g, lanes);
     }
-    const Verdict<T> is(v, alpha, shift, least);
-    open |= ~(is.certified | is.zero);
+    const Verdict<T> is(v, alpha, shift, least, count - j);
+    open |= is.open;
     v = is.certified ? g * scale / v : typename Lanes<T>::type{};
     store_some<T>(w + j, v, count - j);
   }
@@ -246,14 +292,42 @@ SAPWOOD_TARGET void weigh_strip(const T* sums, const T* alpha, const T* beta, T 
   }
 }
 
+// The largest finite |x|.
+template <class T>
+SAPWOOD_TARGET void largest_finite(const Matrix<T>& x, int64_t m, int64_t n, T* most) {
+  constexpr int W = Lanes<T>::count;
+  typename Lanes<T>::type best{}, v;
+  for (int64_t i = 0; i < m; ++i) {
+    const T* row = x.data + i * x.row_stride;
+    int64_t j = 0;
+    for (; x.col_stride == 1 && j + W <= n; j += W) {
+      load<T>(v, row + j);
+      v = v < T(0) ? -v : v;
+      v = v < kInf<T> ? v : typename Lanes<T>::type{};
+      larger<T>(best, v, best);
+    }
+    for (; j < n; ++j) {
+      const T one = std::abs(row[j * x.col_stride]);
+      *most = one > *most && one < kInf<T> ? one : *most;
+    }
+  }
+  T lanes[W];
+  store<T>(lanes, best);
+  for (int i = 0; i < W; ++i) *most = std::max(*most, lanes[i]);
+}
+
 // out = exp(x - shift) sums: the shift is that of row i, or that of column j.
 template <class T>
 SAPWOOD_TARGET void scale_tile(const T* sums, const Matrix<T>& x, const T* row_shift,
                                const T* col_shift, T scale, int64_t rows, int64_t cols, T* out,
                                int64_t pitch) {
-  T e[kTileCols<T>];
+  T e[kTileCols<T> + Lanes<T>::count];
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < cols; ++j) e[j] = x.at(i, j);
+    if (x.col_stride == 1) {
+      std::copy_n(&x.at(i, 0), cols, e);
+    } else {
+      for (int64_t j = 0; j < cols; ++j) e[j] = x.at(i, j);
+    }
     if (row_shift != nullptr) {
       exp_row<Below::zero_and_nan, false, T>(e, row_shift + i, cols);
     } else {

@@ -52,6 +52,38 @@ SAPWOOD_TARGET SAPWOOD_INLINE void store(T* to, const typename Lanes<T>::type& v
   __builtin_memcpy(to, &v, sizeof v);
 }
 
+// v = a > b ? a : b, which is b where one is NaN: gcc takes a comparison and a blend for that.
+template <class T>
+SAPWOOD_TARGET SAPWOOD_INLINE void larger(typename Lanes<T>::type& v,
+                                          const typename Lanes<T>::type& a,
+                                          const typename Lanes<T>::type& b) {
+#if SAPWOOD_IS_AVX512
+  if constexpr (sizeof(T) == 8) {
+    v = (typename Lanes<T>::type)_mm512_max_pd((__m512d)a, (__m512d)b);
+  } else {
+    v = (typename Lanes<T>::type)_mm512_max_ps((__m512)a, (__m512)b);
+  }
+#else
+  v = a > b ? a : b;
+#endif
+}
+
+// The sum of all lanes, in an order that the vector length decides.
+template <class T>
+SAPWOOD_TARGET SAPWOOD_INLINE T sum_lanes(const typename Lanes<T>::type& v) {
+#if SAPWOOD_IS_AVX512
+  if constexpr (sizeof(T) == 8) return _mm512_reduce_add_pd((__m512d)v);
+  else return _mm512_reduce_add_ps((__m512)v);
+#else
+  T lanes[Lanes<T>::count];
+  store<T>(lanes, v);
+  for (int h = Lanes<T>::count / 2; h > 0; h /= 2) {
+    for (int i = 0; i < h; ++i) lanes[i] += lanes[i + h];
+  }
+  return lanes[0];
+#endif
+}
+
 // What an argument below Exp2::lowest becomes: any number below 2^-124 (cheapest, for a sum that
 // is at least 1), exactly zero, or exactly zero for NaN as well.
 enum class Below { tiny, zero, zero_and_nan };
@@ -63,7 +95,8 @@ SAPWOOD_TARGET SAPWOOD_INLINE void exp_nonpositive(typename Lanes<T>::type& v) {
   using I = typename Lanes<T>::bits_type;
   using E = Exp2<T>;
   const V lowest = V{} + E::lowest;
-  const V d = v < lowest ? lowest : v;
+  V d;
+  larger<T>(d, lowest, v);
   const V shifted = d * E::log2e + E::magic;
   const V n = shifted - E::magic;
   V f = d * E::log2e - n;
@@ -82,29 +115,42 @@ SAPWOOD_TARGET SAPWOOD_INLINE void exp_nonpositive(typename Lanes<T>::type& v) {
   v = p;
 }
 
-// x[i] = exp(x[i] - shift[i or 0]) in place; count may be any number up to the buffer's padding.
+// x[i] = exp(x[i] - shift[i or 0]) in place; both are readable, and x writable, up to whole vectors.
 template <Below below, bool per_element, class T>
 SAPWOOD_TARGET SAPWOOD_INLINE void exp_row(T* x, const T* shift, int64_t count) {
-  constexpr int W = Lanes<T>::count;
   typename Lanes<T>::type v, s = typename Lanes<T>::type{} + shift[0];
-  int64_t i = 0;
-  for (; i + W <= count; i += W) {
+  for (int64_t i = 0; i < count; i += Lanes<T>::count) {
     load<T>(v, x + i);
     if constexpr (per_element) load<T>(s, shift + i);
     v -= s;
     exp_nonpositive<below, T>(v);
     store<T>(x + i, v);
   }
-  if (i < count) {
-    T tail[W] = {}, shifts[W] = {};
-    std::copy_n(x + i, count - i, tail);
-    if constexpr (per_element) std::copy_n(shift + i, count - i, shifts);
-    load<T>(v, tail);
-    if constexpr (per_element) load<T>(s, shifts);
-    v -= s;
-    exp_nonpositive<below, T>(v);
-    store<T>(tail, v);
-    std::copy_n(tail, count - i, x + i);
+}
+
+// Exchanges the blocks of H lanes that lie across the diagonal of two rows of a square.
+template <int H, class T, int... L>
+SAPWOOD_TARGET SAPWOOD_INLINE void exchange(typename Lanes<T>::type& a, typename Lanes<T>::type& b,
+                                            std::integer_sequence<int, L...>) {
+  constexpr int W = Lanes<T>::count;
+  using I = typename Lanes<T>::bits_type;
+  const typename Lanes<T>::type first = __builtin_shuffle(a, b, I{((L & H) ? W + L - H : L)...});
+  b = __builtin_shuffle(a, b, I{((L & H) ? W + L : L + H)...});
+  a = first;
+}
+
+// Transposes a square of vectors.
+template <int H, class T>
+SAPWOOD_TARGET SAPWOOD_INLINE void transpose(typename Lanes<T>::type* square) {
+  constexpr int W = Lanes<T>::count;
+  if constexpr (H >= 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if ((i & H) == 0) {
+        exchange<H, T>(square[i], square[i + H], std::make_integer_sequence<int, W>{});
+      }
+    }
+    transpose<H / 2, T>(square);
   }
 }
 
