@@ -47,7 +47,7 @@ struct Matrix {
 inline constexpr int64_t kRows = 12;      // rows of a register tile of the GEMM
 inline constexpr int64_t kTileRows = 48;  // rows of a task's tile
 inline constexpr int64_t kGroup = 8;      // rows of a tile of the exact kernel
-inline constexpr int64_t kDepth = 384;    // terms per pass of the GEMM: a panel stays in L2
+inline constexpr int64_t kDepth = 192;    // terms per pass of the GEMM: a strip stays in L1
 inline constexpr int64_t kExactDepth = 4096;  // terms per pass of the exact kernel
 template <class T>
 inline constexpr int64_t kStrip = 128 / static_cast<int64_t>(sizeof(T));  // columns of a panel

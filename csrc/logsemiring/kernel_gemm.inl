@@ -184,10 +184,12 @@ SAPWOOD_TARGET void tile_product(const T* left, const T* right, int64_t depth, i
   constexpr int V = SAPWOOD_IS_AVX512 ? 2 : 1;
   constexpr int64_t S = kStrip<T>, C = kTileCols<T>;
   for (int64_t i = 0; i < panels * kRows; ++i) std::fill_n(sums + i * C, strips * S, T(0));
-  for (int64_t l = 0; l < depth; l += kDepth) {
-    const int64_t terms = std::min(kDepth, depth - l);
-    for (int64_t p = 0; p < panels; ++p) {
-      for (int64_t s = 0; s < strips; ++s) {
+  const int64_t passes = (depth + kDepth - 1) / kDepth;
+  const int64_t step = passes > 0 ? (depth + passes - 1) / passes : 0;
+  for (int64_t l = 0; l < depth; l += step) {
+    const int64_t terms = std::min(step, depth - l);
+    for (int64_t s = 0; s < strips; ++s) {  // a strip stays in L1 for all panels
+      for (int64_t p = 0; p < panels; ++p) {
         for (int64_t w = 0; w < S; w += V * Lanes<T>::count) {
           register_tile<V, T>(left + p * depth * kRows + l * kRows,
                               right + s * depth * S + l * S + w, terms,
