@@ -19,4 +19,10 @@ SAPWOOD_LIBRARY(m) {
   m.def("log_matmul(Tensor a, Tensor b, bool exact) -> Tensor");
   m.def("log_matmul_backward(Tensor grad, Tensor a, Tensor b, bool exact, bool need_a, bool need_b) -> (Tensor, Tensor)");
   m.def("log_matmul_double_backward(Tensor grad, Tensor a, Tensor b, Tensor tangent_a, Tensor tangent_b) -> (Tensor, Tensor, Tensor)");
+  m.def("max_matmul(Tensor a, Tensor b) -> (Tensor values, Tensor indices)");
+  m.def("sample_matmul(Tensor a, Tensor b, int num_samples, int seed) -> Tensor");
+  m.def("segment_logsumexp(Tensor x, Tensor ptr, Tensor? order) -> Tensor");
+  m.def("segment_softmax(Tensor x, Tensor ptr, Tensor? order) -> Tensor");
+  m.def("log_scan(Tensor t, Tensor init) -> Tensor");
+  m.def("log_scan_backward(Tensor grad, Tensor t, Tensor states) -> (Tensor, Tensor)");
 }

@@ -145,3 +145,5 @@ struct Weights {
 #include "common/foreach_isa.h"
 #define SAPWOOD_KERNEL_FILE "logsemiring/kernel_exact_backward.inl"
 #include "common/foreach_isa.h"
+#define SAPWOOD_KERNEL_FILE "logsemiring/kernel_tropical.inl"
+#include "common/foreach_isa.h"

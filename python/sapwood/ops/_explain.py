@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import sapwood.ops.logsemiring
 import sapwood.ops.masked_matmul  # noqa: F401  registers how to explain its ops
 from sapwood import _backend, _check
 
