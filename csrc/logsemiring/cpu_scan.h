@@ -92,7 +92,9 @@ inline std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const
   check_dim(op, "states", states_in, 4);
   check_shape(op, "grad", grad_in, states_in.sizes());
   check_dim(op, "t", t_in, 4);
-  const Tensor t = as_compute(t_in), states = torch::stable::contiguous(states_in);
+  check_floating(op, "t", t_in);
+  const Tensor t = as_compute(t_in);
+  const Tensor states = torch::stable::contiguous(torch::stable::to(states_in, ScalarType::Double));
   const Tensor grad = torch::stable::contiguous(torch::stable::to(grad_in, ScalarType::Double));
   const int64_t b = t.size(0), steps = t.size(1), k = t.size(2), r = states.size(2), width = r * k;
   check_shape(op, "states", states, {b, steps + 1, r, k});

@@ -75,20 +75,21 @@ def log_matmul_double_backward(
 
 def max_matmul(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """max_k (a_ik + b_kj) and the lowest k that attains it; -1 where that is -inf."""
-    terms = _terms(a, b)
+    wide = a.dtype if a.dtype == torch.float64 else torch.float32
+    terms = _terms(a.to(wide), b.to(wide))
     if a.shape[2] == 0:
-        values = terms.sum(2) - math.inf
+        values = (terms.sum(2) - math.inf).to(a.dtype)
         return values, torch.full_like(values, -1, dtype=torch.long)
     top = terms.amax(2, keepdim=True)
     hit = torch.where(top.isnan(), terms.isnan(), terms == top)
     index = hit.to(torch.uint8).argmax(2)  # the first one
     values = terms.gather(2, index[:, :, None]).squeeze(2)
-    return values, torch.where(values == -math.inf, -1, index)
+    return values.to(a.dtype), torch.where(values == -math.inf, -1, index)
 
 
 def sample_matmul(a: Tensor, b: Tensor, num_samples: int, seed: int) -> Tensor:
     """argmax_k (a_ik + b_kj + Gumbel noise) with Philox noise: an exact draw from the softmax."""
-    terms = _terms(a, b).double()
+    terms = _terms(a.double(), b.double())
     (batch, m, k), n = a.shape, b.shape[2]
     flat = torch.arange(num_samples * batch, device=a.device).view(num_samples, batch, 1, 1, 1)
     counter = [torch.arange(size, device=a.device) for size in (m, k, n)]
@@ -162,7 +163,8 @@ def log_scan(t: Tensor, init: Tensor) -> Tensor:
 
 def log_scan_backward(grad: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of t (B, L, k, k) and init (B, R, k) given those of all states."""
-    wide, g = t.double(), grad[:, -1]
+    wide, states, grad = t.double(), states.double(), grad.double()
+    g = grad[:, -1]
     steps: list[Tensor] = []
     for i in range(t.shape[1] - 1, -1, -1):
         before, step = log_matmul_backward(g, states[:, i], wide[:, i], True, True, True)

@@ -92,9 +92,7 @@ def _parse(equation: str, tensors: list[Tensor]) -> tuple[list[_Labels], _Labels
         if h < 0 or (h > 0 and "..." not in p):
             _refuse("name every dimension of an operand", repr(p))
     spare = "".join(_SPARE[:wide])
-    inputs = [
-        p.replace("...", spare[wide - h :], 1) for p, h in zip(inputs, hidden, strict=True)
-    ]
+    inputs = [p.replace("...", spare[wide - h :], 1) for p, h in zip(inputs, hidden, strict=True)]
     if not arrow:
         counts = "".join(inputs)
         once = sorted(c for c in set(counts) if counts.count(c) == 1 and c not in spare)
@@ -132,9 +130,7 @@ def _sizes(terms: list[tuple[Tensor, _Labels]]) -> _Sizes:
     return sizes
 
 
-def _squeeze(
-    t: Tensor, labels: _Labels, sizes: _Sizes, output: _Labels
-) -> tuple[Tensor, _Labels]:
+def _squeeze(t: Tensor, labels: _Labels, sizes: _Sizes, output: _Labels) -> tuple[Tensor, _Labels]:
     """Drops dimensions of size 1 that stand for a larger subscript."""
     for c in labels:
         if t.shape[labels.index(c)] == 1 and sizes[c] != 1:
@@ -229,9 +225,7 @@ def _greedy_order(
     return pairs
 
 
-def _reduce(
-    t: Tensor, labels: _Labels, kept: set[str], semiring: str
-) -> tuple[Tensor, _Labels]:
+def _reduce(t: Tensor, labels: _Labels, kept: set[str], semiring: str) -> tuple[Tensor, _Labels]:
     """Sums out the subscripts that nothing else needs."""
     gone = tuple(i for i, c in enumerate(labels) if c not in kept)
     if not gone:

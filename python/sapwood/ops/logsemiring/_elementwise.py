@@ -1,4 +1,4 @@
-"""logsumexp, logaddexp and log1mexp: torch's values, with derivatives that are right at infinity."""
+"""logsumexp, logaddexp and log1mexp: torch's values, and derivatives right at infinity."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ def log_conv(a: Tensor, b: Tensor) -> Tensor:
         two = torch.tensor([0.25, 0.5, 0.25]).log()   # the distribution of two coins' sum
         four = sapwood.ops.log_conv(two, two)         # of four coins: (5,)
 
-    Every output has a maximum of its own, so that tails hundreds of nats below the peak are right; a
-    convolution by FFT loses everything below 1e-7 of the peak.
+    Every output has a maximum of its own, so that tails hundreds of nats below the peak are right;
+    a convolution by FFT loses everything below 1e-7 of the peak.
 
     Args:
         a: (..., n) floating point, n >= 1.
