@@ -5,7 +5,7 @@
 
 namespace sapwood::logsemiring {
 
-inline constexpr int64_t kSmall = 512;   // terms up to which the exact kernel is the faster one
+inline constexpr int64_t kSmall = 512;  // terms up to which the exact kernel is the faster one
 
 // Rows [row0, row0 + rows) of one strip of c by the exact kernel, where `open` says so.
 template <class T>
@@ -15,16 +15,17 @@ void exact_strip(const Matrix<T>& a, const Matrix<T>& b, int64_t k, int64_t row0
   bool ready = false;
   for (int64_t g = 0; g * kGroup < rows; ++g) {
     if (open != nullptr && open[g] == 0) continue;
-    SAPWOOD_ISA_CALL(exact_forward(a, b, k, row0 + g * kGroup,
-                                   std::min(kGroup, rows - g * kGroup), col0, cols, scratch.a(),
-                                   scratch.b(), ready, c + g * kGroup * pitch, pitch));
+    SAPWOOD_ISA_CALL(exact_forward(a, b, k, row0 + g * kGroup, std::min(kGroup, rows - g * kGroup),
+                                   col0, cols, scratch.a(), scratch.b(), ready,
+                                   c + g * kGroup * pitch, pitch));
     ready = true;
   }
 }
 
 template <class T>
 void exact_matmul(const Matrix<T>& a, const Matrix<T>& b, int64_t m, int64_t n, int64_t k, T* c) {
-  const int64_t strips = round_up(n, kStrip<T>) / kStrip<T>, blocks = round_up(m, kTileRows) / kTileRows;
+  const int64_t strips = round_up(n, kStrip<T>) / kStrip<T>,
+                blocks = round_up(m, kTileRows) / kTileRows;
   const int64_t per_task = kTileRows * kStrip<T> * std::max<int64_t>(k, 1);
   parallel_range(strips * blocks, std::max<int64_t>(1, kTermsPerTask / per_task),
                  [&](int64_t begin, int64_t end) {
@@ -45,18 +46,19 @@ void certified_matmul(const Matrix<T>& a, const Matrix<T>& b, int64_t m, int64_t
   const Operand<T> left{a.data, a.row_stride, a.col_stride, shifts.row_shift, nullptr};
   const Operand<T> right{b.data, b.col_stride, b.row_stride, shifts.col_shift, nullptr};
   const T least = certificate<T>(k);
-  packed_product<T>(left, right, m, n, k, true,
-                    [&](int64_t row, int64_t rows, int64_t col, int64_t cols, const T* sums) {
-    ExactScratch<T> scratch(k);
-    for (int64_t s = 0; s < cols; s += kStrip<T>) {
-      const int64_t count = std::min(kStrip<T>, cols - s);
-      uint8_t open[kTileRows / kGroup] = {};
-      T* to = c + row * n + col + s;
-      SAPWOOD_ISA_CALL(finish_strip(sums + s, shifts.alpha + row, shifts.beta + col + s, least,
-                                    rows, count, to, n, open));
-      exact_strip<T>(a, b, k, row, rows, col + s, count, open, scratch, to, n);
-    }
-  });
+  packed_product<T>(
+      left, right, m, n, k, true,
+      [&](int64_t row, int64_t rows, int64_t col, int64_t cols, const T* sums) {
+        ExactScratch<T> scratch(k);
+        for (int64_t s = 0; s < cols; s += kStrip<T>) {
+          const int64_t count = std::min(kStrip<T>, cols - s);
+          uint8_t open[kTileRows / kGroup] = {};
+          T* to = c + row * n + col + s;
+          SAPWOOD_ISA_CALL(finish_strip(sums + s, shifts.alpha + row, shifts.beta + col + s, least,
+                                        rows, count, to, n, open));
+          exact_strip<T>(a, b, k, row, rows, col + s, count, open, scratch, to, n);
+        }
+      });
 }
 
 template <class T>

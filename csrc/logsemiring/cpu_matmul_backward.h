@@ -48,7 +48,14 @@ class ExactGradients {
  public:
   ExactGradients(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& grad, int64_t m,
                  int64_t n, int64_t k, const OpenTiles<T>& tiles, const Tangents<T>* tangents)
-      : a_(a), b_(b), grad_(grad), m_(m), n_(n), k_(k), tiles_(tiles), tangents_(tangents),
+      : a_(a),
+        b_(b),
+        grad_(grad),
+        m_(m),
+        n_(n),
+        k_(k),
+        tiles_(tiles),
+        tangents_(tangents),
         weights_(static_cast<int64_t>(tiles.list.size()) * kSize * (second ? 3 : 2)) {}
 
   void add(const Gradients<T>& out) {
@@ -67,7 +74,9 @@ class ExactGradients {
   }
   int64_t rows(int64_t g) const { return std::min(kGroup, m_ - g * kGroup); }
   int64_t cols(int64_t s) const { return std::min(kStrip<T>, n_ - s * kStrip<T>); }
-  int64_t grain() const { return std::max<int64_t>(1, kTermsPerTask / (kSize * std::max<int64_t>(k_, 1))); }
+  int64_t grain() const {
+    return std::max<int64_t>(1, kTermsPerTask / (kSize * std::max<int64_t>(k_, 1)));
+  }
 
   Packed<T> pack(ExactScratch<T>& scratch, int64_t g, int64_t s, int64_t l, int64_t depth,
                  bool rows_too, bool cols_too) {
@@ -91,21 +100,22 @@ class ExactGradients {
   }
 
   void weigh() {
-    parallel_range(static_cast<int64_t>(tiles_.list.size()), grain(), [&](int64_t begin, int64_t end) {
-      ExactScratch<T> scratch(k_);
-      for (int64_t t = begin; t < end; ++t) {
-        const auto [g, s] = tiles_.list[static_cast<size_t>(t)];
-        const Weights<T> w = weights(t);
-        SAPWOOD_ISA_CALL(exact_weights(a_, b_, k_, g * kGroup, rows(g), s * kStrip<T>, cols(s),
-                                       scratch.a(), scratch.b(), w));
-        if constexpr (second) means(scratch, g, s, w);
-        for (int64_t r = 0; r < rows(g); ++r) {
-          for (int64_t j = 0; j < cols(s); ++j) {
-            w.weight[r * kStrip<T> + j] *= grad_.at(g * kGroup + r, s * kStrip<T> + j);
+    parallel_range(
+        static_cast<int64_t>(tiles_.list.size()), grain(), [&](int64_t begin, int64_t end) {
+          ExactScratch<T> scratch(k_);
+          for (int64_t t = begin; t < end; ++t) {
+            const auto [g, s] = tiles_.list[static_cast<size_t>(t)];
+            const Weights<T> w = weights(t);
+            SAPWOOD_ISA_CALL(exact_weights(a_, b_, k_, g * kGroup, rows(g), s * kStrip<T>, cols(s),
+                                           scratch.a(), scratch.b(), w));
+            if constexpr (second) means(scratch, g, s, w);
+            for (int64_t r = 0; r < rows(g); ++r) {
+              for (int64_t j = 0; j < cols(s); ++j) {
+                w.weight[r * kStrip<T> + j] *= grad_.at(g * kGroup + r, s * kStrip<T> + j);
+              }
+            }
           }
-        }
-      }
-    });
+        });
   }
 
   void means(ExactScratch<T>& scratch, int64_t g, int64_t s, const Weights<T>& w) {
@@ -157,8 +167,7 @@ class ExactGradients {
             const Packed<T> x = pack(scratch, g, s, l, depth, true, first);
             first = false;
             const Weights<T> w = weights(t);
-            SAPWOOD_ISA_CALL(
-                exact_grad_cols<second>(x, w, depth, rows(g), cols(s), sums.get()));
+            SAPWOOD_ISA_CALL(exact_grad_cols<second>(x, w, depth, rows(g), cols(s), sums.get()));
           }
           if (first) continue;
           for (int64_t i = 0; i < depth; ++i) {
@@ -197,41 +206,47 @@ void certified_backward(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>&
   std::vector<uint8_t> open(static_cast<size_t>(groups * strips), 0);
   Scratch<T> weights(m * n);
   T* w = weights.get();
-  packed_product<T>(rows_of_a, cols_of_b, m, n, k, true,
-                    [&](int64_t row, int64_t rows, int64_t col, int64_t cols, const T* sums) {
-    for (int64_t s = 0; s < cols; s += kStrip<T>) {
-      uint8_t flags[kTileRows / kGroup] = {};
-      const Matrix<T> part{grad.data + row * grad.row_stride + (col + s) * grad.col_stride,
-                           grad.row_stride, grad.col_stride};
-      SAPWOOD_ISA_CALL(weigh_strip(sums + s, shifts.alpha + row, shifts.beta + col + s, least, rows,
-                                   std::min(kStrip<T>, cols - s), part, scale,
-                                   w + row * n + col + s, n, flags));
-      for (int64_t g = 0; g * kGroup < rows; ++g) {
-        open[static_cast<size_t>((row / kGroup + g) * strips + (col + s) / kStrip<T>)] = flags[g];
-      }
-    }
-  });
+  packed_product<T>(
+      rows_of_a, cols_of_b, m, n, k, true,
+      [&](int64_t row, int64_t rows, int64_t col, int64_t cols, const T* sums) {
+        for (int64_t s = 0; s < cols; s += kStrip<T>) {
+          uint8_t flags[kTileRows / kGroup] = {};
+          const Matrix<T> part{grad.data + row * grad.row_stride + (col + s) * grad.col_stride,
+                               grad.row_stride, grad.col_stride};
+          SAPWOOD_ISA_CALL(weigh_strip(sums + s, shifts.alpha + row, shifts.beta + col + s, least,
+                                       rows, std::min(kStrip<T>, cols - s), part, scale,
+                                       w + row * n + col + s, n, flags));
+          for (int64_t g = 0; g * kGroup < rows; ++g) {
+            open[static_cast<size_t>((row / kGroup + g) * strips + (col + s) / kStrip<T>)] =
+                flags[g];
+          }
+        }
+      });
   if (out.a != nullptr) {  // E o (W F^T)
-    const Operand<T> left{w, n, 1}, right{b.data, b.row_stride, b.col_stride, nullptr, shifts.col_shift};
+    const Operand<T> left{w, n, 1},
+        right{b.data, b.row_stride, b.col_stride, nullptr, shifts.col_shift};
     packed_product<T>(left, right, m, k, n, false,
                       [&](int64_t row, int64_t rows, int64_t col, int64_t cols, const T* sums) {
-      const Matrix<T> part{a.data + row * a.row_stride + col * a.col_stride, a.row_stride, a.col_stride};
-      const T* shift = shifts.row_shift + row;
-      const T* none = nullptr;
-      SAPWOOD_ISA_CALL(scale_tile(sums, part, shift, none, T(1) / scale, rows, cols,
-                                  out.a + row * k + col, k));
-    });
+                        const Matrix<T> part{a.data + row * a.row_stride + col * a.col_stride,
+                                             a.row_stride, a.col_stride};
+                        const T* shift = shifts.row_shift + row;
+                        const T* none = nullptr;
+                        SAPWOOD_ISA_CALL(scale_tile(sums, part, shift, none, T(1) / scale, rows,
+                                                    cols, out.a + row * k + col, k));
+                      });
   }
   if (out.b != nullptr) {  // F o (E^T W)
-    const Operand<T> left{a.data, a.col_stride, a.row_stride, nullptr, shifts.row_shift}, right{w, 1, n};
+    const Operand<T> left{a.data, a.col_stride, a.row_stride, nullptr, shifts.row_shift},
+        right{w, 1, n};
     packed_product<T>(left, right, k, n, m, false,
                       [&](int64_t row, int64_t rows, int64_t col, int64_t cols, const T* sums) {
-      const Matrix<T> part{b.data + row * b.row_stride + col * b.col_stride, b.row_stride, b.col_stride};
-      const T* shift = shifts.col_shift + col;
-      const T* none = nullptr;
-      SAPWOOD_ISA_CALL(scale_tile(sums, part, none, shift, T(1) / scale, rows, cols,
-                                  out.b + row * n + col, n));
-    });
+                        const Matrix<T> part{b.data + row * b.row_stride + col * b.col_stride,
+                                             b.row_stride, b.col_stride};
+                        const T* shift = shifts.col_shift + col;
+                        const T* none = nullptr;
+                        SAPWOOD_ISA_CALL(scale_tile(sums, part, none, shift, T(1) / scale, rows,
+                                                    cols, out.b + row * n + col, n));
+                      });
   }
   const OpenTiles<T> tiles(m, n, &open);
   if (tiles.list.empty()) return;
@@ -297,10 +312,12 @@ inline std::tuple<Tensor, Tensor, Tensor> log_matmul_double_backward(const Tenso
   with_type(left, [&](auto zero) {
     using T = decltype(zero);
     over_batch(s, [&](int64_t i) {
-      const Gradients<T> out{mutable_data<T>(da) + i * s.m * s.k, mutable_data<T>(db) + i * s.k * s.n};
+      const Gradients<T> out{mutable_data<T>(da) + i * s.m * s.k,
+                             mutable_data<T>(db) + i * s.k * s.n};
       std::fill_n(out.a, s.m * s.k, T(0));
       std::fill_n(out.b, s.k * s.n, T(0));
-      const Tangents<T> tangents{matrix<T>(ta, i), matrix<T>(tb, i), mutable_data<T>(mean) + i * s.m * s.n};
+      const Tangents<T> tangents{matrix<T>(ta, i), matrix<T>(tb, i),
+                                 mutable_data<T>(mean) + i * s.m * s.n};
       const Matrix<T> x = matrix<T>(left, i), y = matrix<T>(right, i), z = matrix<T>(g, i);
       const OpenTiles<T> tiles(s.m, s.n, nullptr);
       ExactGradients<true, T>(x, y, z, s.m, s.n, s.k, tiles, &tangents).add(out);

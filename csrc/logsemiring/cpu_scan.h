@@ -115,7 +115,8 @@ inline std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const
           std::fill(sums.begin(), sums.end(), 0.0);
           for (int64_t row = 0; row < r; ++row) {
             double* from = g.data() + row * k;
-            std::vector<double> before(given + l * width + row * k, given + l * width + row * k + k);
+            std::vector<double> before(given + l * width + row * k,
+                                       given + l * width + row * k + k);
             for (int64_t j = 0; j < k; ++j) {
               if (from[j] == 0) continue;
               scan_weights(u + l * width + row * k, step.data() + j * k, k, p.data());

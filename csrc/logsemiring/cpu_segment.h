@@ -32,14 +32,17 @@ void reduce_segment(const T* x, int64_t inner, const Segments& g, int64_t s, int
   for (int64_t i = g.ptr[s]; i < g.ptr[s + 1]; ++i) {
     const T* row = x + g.entry(i) * inner;
     for (int64_t c = 0; c < width; ++c) {
-      const T d = row[c] == top[c] && row[c] != -kInf<T> ? T(0) : row[c] - (top[c] == -kInf<T> ? T(0) : top[c]);
+      const T d = row[c] == top[c] && row[c] != -kInf<T>
+                      ? T(0)
+                      : row[c] - (top[c] == -kInf<T> ? T(0) : top[c]);
       sum[c] += math::exp(d);
     }
   }
 }
 
 template <class T>
-void segment_values(const T* x, int64_t inner, const Segments& g, int64_t s, int64_t width, T* out) {
+void segment_values(const T* x, int64_t inner, const Segments& g, int64_t s, int64_t width,
+                    T* out) {
   T top[kInner], sum[kInner];
   reduce_segment(x, inner, g, s, width, top, sum);
   for (int64_t c = 0; c < width; ++c) {
@@ -49,7 +52,8 @@ void segment_values(const T* x, int64_t inner, const Segments& g, int64_t s, int
 }
 
 template <class T>
-void segment_weights(const T* x, int64_t inner, const Segments& g, int64_t s, int64_t width, T* out) {
+void segment_weights(const T* x, int64_t inner, const Segments& g, int64_t s, int64_t width,
+                     T* out) {
   T top[kInner], sum[kInner];
   reduce_segment(x, inner, g, s, width, top, sum);
   for (int64_t i = g.ptr[s]; i < g.ptr[s + 1]; ++i) {
@@ -93,7 +97,8 @@ void over_segments(const Tensor& x, const Segments& g, const F& f) {
   const int64_t inner = x.size(2), blocks = round_up(inner, kInner) / kInner;
   const int64_t tasks = x.size(0) * g.count * blocks;
   if (tasks == 0) return;
-  const int64_t mean = std::max<int64_t>(1, x.size(1) * std::min(inner, kInner) / std::max<int64_t>(1, g.count));
+  const int64_t mean =
+      std::max<int64_t>(1, x.size(1) * std::min(inner, kInner) / std::max<int64_t>(1, g.count));
   parallel_range(tasks, std::max<int64_t>(1, 16384 / mean), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = t % blocks * kInner, rest = t / blocks;

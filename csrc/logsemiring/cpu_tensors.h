@@ -76,7 +76,8 @@ class BlockCache {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : bytes_(static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T)) {}
+  explicit Scratch(int64_t count)
+      : bytes_(static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T)) {}
   ~Scratch() {
     if (block_.address != nullptr) BlockCache::give_back(block_);
   }
@@ -110,8 +111,8 @@ inline Tensor back_to(const Tensor& t, ScalarType type) {
 inline void check_floating(const char* op, const char* argument, const Tensor& t) {
   const ScalarType type = t.scalar_type();
   check_dtype(op, argument, t,
-              type == ScalarType::Float || type == ScalarType::Double ||
-                  type == ScalarType::Half || type == ScalarType::BFloat16,
+              type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+                  type == ScalarType::BFloat16,
               "float32, float64, float16 or bfloat16");
 }
 

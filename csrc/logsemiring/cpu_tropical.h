@@ -53,7 +53,8 @@ void max_matmul_element(const Matrix<T>& a, const Matrix<T>& b, const Sizes& s, 
   bool in_a = false, in_b = false;
   SAPWOOD_ISA_CALL(may_be_nan(a, s.m, s.k, &in_a));
   SAPWOOD_ISA_CALL(may_be_nan(b, s.k, s.n, &in_b));
-  const int64_t strips = round_up(s.n, kStrip<T>) / kStrip<T>, groups = round_up(s.m, kGroup) / kGroup;
+  const int64_t strips = round_up(s.n, kStrip<T>) / kStrip<T>,
+                groups = round_up(s.m, kGroup) / kGroup;
   const int64_t per_tile = kGroup * kStrip<T> * std::max<int64_t>(s.k, 1);
   const int64_t grain = std::max<int64_t>(1, 8 * kTermsPerTask / per_tile);
   parallel_range(strips * groups, grain, [&](int64_t begin, int64_t end) {

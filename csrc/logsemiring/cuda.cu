@@ -75,10 +75,9 @@ void gradients(const Tensor& grad, const Tensor& a, const Tensor& b, const Tenso
   const Batched<T> left = batched<T>(a), right = batched<T>(b), g = batched<T>(grad);
   const Batched<T> h = batched<T>(ta), k = batched<T>(tb), q = batched<T>(mean);
   const Batched<T> top = batched<T>(shift), w = batched<T>(weight);
-  launch_reduce<T, second>(left, right.transposed(), h, k.transposed(), s,
-                           {nullptr, output<T>(shift), output<T>(weight),
-                            second ? output<T>(mean) : nullptr},
-                           stream);
+  launch_reduce<T, second>(
+      left, right.transposed(), h, k.transposed(), s,
+      {nullptr, output<T>(shift), output<T>(weight), second ? output<T>(mean) : nullptr}, stream);
   if (da != nullptr) {
     launch_gradient<T, second>(left, right, h, k, top, w, q, g, s, da, s.k, 1, stream);
   }
@@ -199,8 +198,9 @@ Tensor segments(const char* op, const Tensor& x_in, const Tensor& ptr_in,
     check_device(op, "order", *order_in, "x", x_in);
     order = torch::stable::contiguous(*order_in);
   }
-  const Division d{input<int64_t>(ptr), order ? input<int64_t>(*order) : nullptr, x.size(0),
-                   ptr.numel() - 1, x.size(2), x.size(1)};
+  const Division d{input<int64_t>(ptr), order ? input<int64_t>(*order) : nullptr,
+                   x.size(0),           ptr.numel() - 1,
+                   x.size(2),           x.size(1)};
   const Tensor out =
       torch::stable::new_empty(x, {x.size(0), weights ? x.size(1) : d.count, x.size(2)});
   const int64_t warps = d.outer * d.count * d.inner, per_block = kThreads / kWarp;

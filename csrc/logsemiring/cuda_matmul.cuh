@@ -29,9 +29,8 @@ __device__ inline void load_tile(T* tile, const Batched<T>& from, int64_t batch,
 // One output per thread: three walks over the terms (maximum, sum, and with tangents their mean).
 // `b` is the right operand transposed: (B, N, K); likewise its tangent `tb`.
 template <class T, bool second>
-__global__ void __launch_bounds__(kThreads)
-    reduce_kernel(Batched<T> a, Batched<T> b, Batched<T> ta, Batched<T> tb, Shape s,
-                  Reduced<T> out) {
+__global__ void __launch_bounds__(kThreads) reduce_kernel(Batched<T> a, Batched<T> b, Batched<T> ta,
+                                                          Batched<T> tb, Shape s, Reduced<T> out) {
   SAPWOOD_SHARED(T, left, kTile * kPitch);
   SAPWOOD_SHARED(T, right, kTile * kPitch);
   SAPWOOD_SHARED(T, left_tangent, second ? kTile * kPitch : 1);
@@ -58,8 +57,8 @@ __global__ void __launch_bounds__(kThreads)
           if (walk == 1) sum += scaled(x, top);
           if constexpr (second) {
             if (walk == 2) {
-              mean += scaled(x, top) *
-                      (left_tangent[ty * kPitch + l] + right_tangent[tx * kPitch + l]);
+              mean +=
+                  scaled(x, top) * (left_tangent[ty * kPitch + l] + right_tangent[tx * kPitch + l]);
             }
           }
         }
@@ -110,8 +109,7 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();
       const int terms = static_cast<int>(s.n - first < kDepth ? s.n - first : kDepth);
       for (int j = 0; inside && j < terms; ++j) {
-        T p = weights[ty * kPitch + j] *
-              scaled(x + right[tx * kPitch + j], tops[ty * kPitch + j]);
+        T p = weights[ty * kPitch + j] * scaled(x + right[tx * kPitch + j], tops[ty * kPitch + j]);
         p *= grad(batch, i, first + j);
         if constexpr (second) {
           p *= tangent + right_tangent[tx * kPitch + j] - means[ty * kPitch + j];

@@ -44,10 +44,10 @@ struct Matrix {
 };
 
 // Sizes of tiles; the same for every instruction set, so that buffers are.
-inline constexpr int64_t kRows = 12;      // rows of a register tile of the GEMM
-inline constexpr int64_t kTileRows = 48;  // rows of a task's tile
-inline constexpr int64_t kGroup = 8;      // rows of a tile of the exact kernel
-inline constexpr int64_t kDepth = 192;    // terms per pass of the GEMM: a strip stays in L1
+inline constexpr int64_t kRows = 12;          // rows of a register tile of the GEMM
+inline constexpr int64_t kTileRows = 48;      // rows of a task's tile
+inline constexpr int64_t kGroup = 8;          // rows of a tile of the exact kernel
+inline constexpr int64_t kDepth = 192;        // terms per pass of the GEMM: a strip stays in L1
 inline constexpr int64_t kExactDepth = 4096;  // terms per pass of the exact kernel
 template <class T>
 inline constexpr int64_t kStrip = 128 / static_cast<int64_t>(sizeof(T));  // columns of a panel
@@ -79,7 +79,8 @@ void log_matmul_naive(const T* a, const T* b, double* c, int64_t m, int64_t n, i
       }
       const bool finite = top > -kInf<double> && top < kInf<double>;
       for (int64_t l = 0; finite && l < k; ++l) {
-        sum += std::exp(static_cast<double>(a[i * k + l]) + static_cast<double>(b[l * n + j]) - top);
+        sum +=
+            std::exp(static_cast<double>(a[i * k + l]) + static_cast<double>(b[l * n + j]) - top);
       }
       c[i * n + j] = nan ? std::nan("") : finite ? top + std::log(sum) : top;
     }

@@ -200,8 +200,8 @@ SAPWOOD_TARGET void exact_tile(const Matrix<T>& a, const Matrix<T>& b, int64_t k
 
 // The number of +inf terms of one output, or NaN when a term is NaN.
 template <class T>
-SAPWOOD_TARGET inline T count_infinite(const Matrix<T>& a, const Matrix<T>& b, int64_t k,
-                                       int64_t i, int64_t j) {
+SAPWOOD_TARGET inline T count_infinite(const Matrix<T>& a, const Matrix<T>& b, int64_t k, int64_t i,
+                                       int64_t j) {
   T count = 0;
   for (int64_t l = 0; l < k; ++l) {
     const T x = a.at(i, l) + b.at(l, j);

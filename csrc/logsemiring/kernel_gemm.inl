@@ -104,7 +104,7 @@ SAPWOOD_TARGET void pack_down(const Operand<T>& x, int64_t lane0, int64_t lanes,
       const int64_t width = std::min<int64_t>(W, P - p);
       for (int64_t l = 0; l < terms; ++l) {
         T* to = out + (first + l) * P + p;
-        if (width == W || l + 1 < terms) {
+        if (width == W || (P < W && l + 1 < terms)) {
           store<T>(to, square[l]);  // what runs over is written again by the next term
         } else {
           store_some<T>(to, square[l], width);
@@ -273,8 +273,8 @@ SAPWOOD_TARGET void finish_strip(const T* sums, const T* alpha, const T* beta, T
                                  int64_t rows, int64_t count, T* out, int64_t pitch,
                                  uint8_t* open) {
   for (int64_t i = 0; i < rows; ++i) {
-    const bool done = finish_row<T>(sums + i * kTileCols<T>, alpha[i], beta, least, count,
-                                    out + i * pitch);
+    const bool done =
+        finish_row<T>(sums + i * kTileCols<T>, alpha[i], beta, least, count, out + i * pitch);
     if (!done) open[i / kGroup] = 1;
   }
 }

@@ -72,8 +72,10 @@ SAPWOOD_TARGET SAPWOOD_INLINE void larger(typename Lanes<T>::type& v,
 template <class T>
 SAPWOOD_TARGET SAPWOOD_INLINE T sum_lanes(const typename Lanes<T>::type& v) {
 #if SAPWOOD_IS_AVX512
-  if constexpr (sizeof(T) == 8) return _mm512_reduce_add_pd((__m512d)v);
-  else return _mm512_reduce_add_ps((__m512)v);
+  if constexpr (sizeof(T) == 8)
+    return _mm512_reduce_add_pd((__m512d)v);
+  else
+    return _mm512_reduce_add_ps((__m512)v);
 #else
   T lanes[Lanes<T>::count];
   store<T>(lanes, v);
@@ -165,7 +167,7 @@ SAPWOOD_TARGET SAPWOOD_INLINE void log_positive(typename Lanes<T>::type& v) {
     load<T>(v, lanes);
   } else {
     using I = typename Lanes<T>::bits_type;
-    constexpr float c[] = {-0x1.000006p-2f, 0x1.99a4b6p-3f,  -0x1.555c4ep-3f, 0x1.233766p-3f,
+    constexpr float c[] = {-0x1.000006p-2f, 0x1.99a4b6p-3f, -0x1.555c4ep-3f, 0x1.233766p-3f,
                            -0x1.fc220ep-4f, 0x1.e6f08cp-4f, -0x1.de3bf8p-4f, 0x1.14573ep-4f};
     I bits;
     __builtin_memcpy(&bits, &v, sizeof bits);

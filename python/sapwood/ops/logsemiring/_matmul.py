@@ -61,7 +61,7 @@ class _Product(NamedTuple):
 
     def restore(self, result: Tensor) -> Tensor:  # (..., B, M, N)
         lead = result.shape[:-3]
-        return result.reshape(*lead, *self.batch, *self.rows, *self.cols)
+        return result.reshape((*lead, *self.batch, *self.rows, *self.cols))
 
 
 def _product(op: str, a: Tensor, b: Tensor) -> _Product:
