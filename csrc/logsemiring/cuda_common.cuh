@@ -3,7 +3,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "common/launch.h"
 
@@ -17,7 +16,7 @@ inline constexpr int kPitch = kDepth + 1;
 
 template <class T>
 SAPWOOD_HD inline T infinity() {
-  return std::numeric_limits<T>::infinity();
+  return static_cast<T>(INFINITY);
 }
 
 // A batch of matrices of any strides.

@@ -104,14 +104,15 @@ def sample_matmul(a: Tensor, b: Tensor, num_samples: int, seed: int) -> Tensor:
 
 
 def _philox(key: int, *counter: Tensor) -> Tensor:
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    c0, c1, c2, c3 = (t for t in torch.broadcast_tensors(*counter))
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(10):
         high0, low0 = _multiply(0xD2511F53, c0)
         high1, low1 = _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return c0
+    bits: Tensor = c0
+    return bits
 
 
 def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +136,8 @@ def segment_ids(ptr: Tensor, order: Tensor | None, entries: int) -> Tensor:  # (
 
 def _split(x: Tensor, ptr: Tensor, order: Tensor | None) -> tuple[Tensor, ...]:
     sorted_x = x if order is None else x.index_select(1, order)
-    return sorted_x.split(ptr.diff().tolist(), 1)
+    parts: tuple[Tensor, ...] = sorted_x.split(ptr.diff().tolist(), 1)
+    return parts
 
 
 def segment_logsumexp(x: Tensor, ptr: Tensor, order: Tensor | None) -> Tensor:

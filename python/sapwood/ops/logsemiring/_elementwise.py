@@ -110,7 +110,7 @@ class _Slope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (h,) = ctx.saved_tensors
+        h: Tensor = ctx.saved_tensors[0]
         return grad * h * (1 - h)
 
 

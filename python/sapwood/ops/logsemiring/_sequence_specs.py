@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sapwood._register import OpSpec, define_op, loop_over_batch
-from sapwood.ops.logsemiring._specs import FAMILY, _fold, _unfold, _vmap_batched
+from sapwood.ops.logsemiring._specs import FAMILY, _fold, _through, _unfold, _vmap_batched
 from sapwood.reference import logsemiring as reference
 
 # segments: x (O, n, I), ptr (S + 1,), order (n,) or None ------------------------------------------
@@ -105,19 +105,6 @@ def _setup_scan_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> N
     ctx.save_for_backward(*inputs)
 
 
-def _double_backward_scan(
-    ctx: Any, tangent_t: Tensor | None, tangent_init: Tensor | None
-) -> tuple[Tensor, ...]:
-    """By the derivative of the reference: one step of plain torch per factor."""
-    outputs, vjp = torch.func.vjp(reference.log_scan_backward, *ctx.saved_tensors)
-    given = tuple(
-        torch.zeros_like(o) if g is None else g
-        for o, g in zip(outputs, (tangent_t, tangent_init), strict=True)
-    )
-    result: tuple[Tensor, ...] = vjp(given)
-    return result
-
-
 log_scan_backward = define_op(
     OpSpec(
         "log_scan_backward",
@@ -126,7 +113,7 @@ log_scan_backward = define_op(
         reference=reference.log_scan_backward,
         vmap=_vmap_batched,
         setup=_setup_scan_backward,
-        backward=_double_backward_scan,
+        backward=_through(reference.log_scan_backward),
     )
 )
 log_scan = define_op(

@@ -20,11 +20,13 @@ def _fold(value: Any, dim: int | None, size: int) -> Any:
     if not isinstance(value, Tensor):
         return value
     moved = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
-    return moved.flatten(0, 1)
+    folded: Tensor = moved.flatten(0, 1)
+    return folded
 
 
 def _unfold(result: Tensor, size: int, at: int = 0) -> Tensor:
-    return result.unflatten(at, (size, result.shape[at] // size))
+    split: Tensor = result.unflatten(at, (size, result.shape[at] // size))
+    return split
 
 
 def _vmap_batched(call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -94,10 +96,11 @@ def _setup_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _through(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The backward pass of an op by the derivative of its reference: for the rare third order."""
+    """A backward pass by the derivative of the reference: where a kernel would hardly be used."""
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, ...]:
-        outputs, vjp = torch.func.vjp(function, *ctx.saved_tensors)
+        pair: Any = torch.func.vjp(function, *ctx.saved_tensors)
+        outputs, vjp = pair
         given = tuple(
             torch.zeros_like(o) if g is None else g.to(o.dtype)
             for o, g in zip(outputs, grads, strict=True)
