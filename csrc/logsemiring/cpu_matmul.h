@@ -5,7 +5,7 @@
 
 namespace sapwood::logsemiring {
 
-inline constexpr int64_t kSmall = 512;  // terms up to which the exact kernel is the faster one
+inline constexpr int64_t kSmall = 2048;  // terms up to which the exact kernel is the faster one
 
 // Rows [row0, row0 + rows) of one strip of c by the exact kernel, where `open` says so.
 template <class T>

@@ -29,7 +29,10 @@ inline double scan_output(const double* state, const double* step, int64_t k) {
   }
   if (nan) return std::nan("");
   if (top == -kInf<double> || top == kInf<double>) return top;
-  for (int64_t i = 0; i < k; ++i) sum += std::exp(state[i] + step[i] - top);
+  for (int64_t i = 0; i < k; ++i) {
+    const double x = state[i] + step[i];
+    sum += x == top ? 1.0 : std::exp(x - top);
+  }
   return top + std::log(sum);
 }
 
@@ -106,6 +109,7 @@ inline std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const
     parallel_range(b, grain, [&](int64_t begin, int64_t end) {
       std::vector<double> step(static_cast<size_t>(k * k)), p(static_cast<size_t>(k));
       std::vector<double> g(static_cast<size_t>(width)), sums(static_cast<size_t>(k * k));
+      std::vector<double> before(static_cast<size_t>(k));
       for (int64_t e = begin; e < end; ++e) {
         const double* u = data<double>(states) + e * (steps + 1) * width;
         const double* given = data<double>(grad) + e * (steps + 1) * width;
@@ -115,8 +119,7 @@ inline std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const
           std::fill(sums.begin(), sums.end(), 0.0);
           for (int64_t row = 0; row < r; ++row) {
             double* from = g.data() + row * k;
-            std::vector<double> before(given + l * width + row * k,
-                                       given + l * width + row * k + k);
+            std::copy_n(given + l * width + row * k, k, before.data());
             for (int64_t j = 0; j < k; ++j) {
               if (from[j] == 0) continue;
               scan_weights(u + l * width + row * k, step.data() + j * k, k, p.data());

@@ -91,6 +91,29 @@ inline Segments segments_of(const char* op, const Tensor& x, const Tensor& ptr,
   return g;
 }
 
+// One column: the terms are gathered and reduced on vectors. Values go to out[0], weights to the
+// entries of out. Returns false where the maximum is not finite.
+template <bool weights, class T>
+bool gathered_segment(const T* x, const Segments& g, int64_t s, Scratch<T>& scratch, T* out) {
+  const int64_t first = g.ptr[s], count = g.ptr[s + 1] - first;
+  T *terms = scratch.get(), top = -kInf<T>, sum = 0;
+  for (int64_t i = 0; i < count; ++i) terms[i] = x[g.entry(first + i)];
+  SAPWOOD_ISA_CALL(reduce_terms(terms, count, &top, &sum));
+  if (!(top > -kInf<T> && top < kInf<T>)) return false;
+  if constexpr (weights) {
+    for (int64_t i = 0; i < count; ++i) out[g.entry(first + i)] = terms[i] / sum;
+  } else {
+    out[0] = top + math::log(sum);
+  }
+  return true;
+}
+
+inline int64_t longest(const Segments& g) {
+  int64_t most = 0;
+  for (int64_t s = 0; s < g.count; ++s) most = std::max(most, g.ptr[s + 1] - g.ptr[s]);
+  return most;
+}
+
 // f(outer, segment, first column, width) for all blocks.
 template <class F>
 void over_segments(const Tensor& x, const Segments& g, const F& f) {
@@ -118,7 +141,13 @@ inline Tensor segment_logsumexp(const Tensor& x, const Tensor& ptr_in,
   const Tensor out = torch::stable::new_empty(from, {x.size(0), g.count, inner});
   with_type(from, [&](auto zero) {
     using T = decltype(zero);
+    const int64_t room = inner == 1 ? longest(g) + kStrip<T> : 0;
     over_segments(x, g, [&](int64_t o, int64_t s, int64_t first, int64_t width) {
+      Scratch<T> scratch(room);
+      if (inner == 1 && gathered_segment<false>(data<T>(from) + o * n, g, s, scratch,
+                                                mutable_data<T>(out) + o * g.count + s)) {
+        return;
+      }
       segment_values<T>(data<T>(from) + o * n * inner + first, inner, g, s, width,
                         mutable_data<T>(out) + (o * g.count + s) * inner + first);
     });
@@ -137,8 +166,14 @@ inline Tensor segment_softmax(const Tensor& x, const Tensor& ptr_in,
   const Tensor out = torch::stable::new_empty(from, {x.size(0), n, inner});
   with_type(from, [&](auto zero) {
     using T = decltype(zero);
+    const int64_t room = inner == 1 ? longest(g) + kStrip<T> : 0;
     over_segments(x, g, [&](int64_t o, int64_t s, int64_t first, int64_t width) {
       const int64_t at = o * n * inner + first;
+      Scratch<T> scratch(room);
+      if (inner == 1 &&
+          gathered_segment<true>(data<T>(from) + at, g, s, scratch, mutable_data<T>(out) + at)) {
+        return;
+      }
       segment_weights<T>(data<T>(from) + at, inner, g, s, width, mutable_data<T>(out) + at);
     });
   });

@@ -23,8 +23,8 @@ void nan_wins(const Matrix<T>& a, const Matrix<T>& b, int64_t k, int64_t i, int6
 
 template <class T>
 void max_matmul_tile(const Matrix<T>& a, const Matrix<T>& b, int64_t k, int64_t row, int64_t rows,
-                     int64_t col, int64_t cols, bool careful, ExactScratch<T>& scratch, T* values,
-                     int64_t* indices, int64_t pitch) {
+                     int64_t col, int64_t cols, bool careful, bool pb_ready,
+                     ExactScratch<T>& scratch, T* values, int64_t* indices, int64_t pitch) {
   T top[kGroup * kStrip<T>];
   int64_t index[kGroup * kStrip<T>];
   std::fill_n(top, kGroup * kStrip<T>, -kInf<T>);
@@ -33,7 +33,9 @@ void max_matmul_tile(const Matrix<T>& a, const Matrix<T>& b, int64_t k, int64_t 
   for (int64_t l = 0; l < k; l += kExactDepth) {
     const int64_t depth = std::min(kExactDepth, k - l);
     SAPWOOD_ISA_CALL(pack_rows(a, row, rows, l, depth, pa));
-    SAPWOOD_ISA_CALL(pack_cols(b, col, cols, l, depth, pb));
+    if (!pb_ready || k > kExactDepth) {
+      SAPWOOD_ISA_CALL(pack_cols(b, col, cols, l, depth, pb));
+    }
     SAPWOOD_ISA_CALL(arg_maxima(pa, pb, depth, l, rows, cols, top, index));
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -62,8 +64,8 @@ void max_matmul_element(const Matrix<T>& a, const Matrix<T>& b, const Sizes& s, 
     for (int64_t t = begin; t < end; ++t) {
       const int64_t row = t % groups * kGroup, col = t / groups * kStrip<T>;
       max_matmul_tile<T>(a, b, s.k, row, std::min(kGroup, s.m - row), col,
-                         std::min(kStrip<T>, s.n - col), in_a || in_b, scratch,
-                         values + row * s.n + col, indices + row * s.n + col, s.n);
+                         std::min(kStrip<T>, s.n - col), in_a || in_b, t > begin && row > 0,
+                         scratch, values + row * s.n + col, indices + row * s.n + col, s.n);
     }
   });
 }

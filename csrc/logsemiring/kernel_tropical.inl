@@ -68,14 +68,39 @@ SAPWOOD_TARGET void arg_maxima(const T* a, const T* b, int64_t depth, int64_t fi
   }
 }
 
+// Terms of one segment side by side, readable and writable up to whole vectors: the maximum, and where
+// it is finite terms become exp(term - maximum) and are summed.
+template <class T>
+SAPWOOD_TARGET void reduce_terms(T* terms, int64_t count, T* top, T* sum) {
+  constexpr int W = Lanes<T>::count;
+  std::fill_n(terms + count, round_up(count, W) - count, -kInf<T>);
+  row_maxima(Matrix<T>{terms, 0, 1}, 1, count, top);
+  if (!(*top > -kInf<T> && *top < kInf<T>)) return;
+  exp_row<Below::zero, false, T>(terms, top, count);
+  typename Lanes<T>::type total{}, v;
+  for (int64_t i = 0; i < count; i += W) {
+    load<T>(v, terms + i);
+    total += v;
+  }
+  *sum = sum_lanes<T>(total);
+}
+
 // Whether any entry is NaN or +inf: only then a sum may be NaN.
 template <class T>
 SAPWOOD_TARGET void may_be_nan(const Matrix<T>& x, int64_t m, int64_t n, bool* found) {
-  bool some = false;
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) some |= !(x.at(i, j) < kInf<T>);
+  const bool turned = x.row_stride == 1;
+  const Matrix<T> y = turned ? x.transposed() : x;
+  const int64_t rows = turned ? n : m, cols = turned ? m : n;
+  typename Lanes<T>::bits some = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = y.data + i * y.row_stride;
+    if (y.col_stride == 1) {
+      for (int64_t j = 0; j < cols; ++j) some |= row[j] < kInf<T> ? 0 : 1;
+    } else {
+      for (int64_t j = 0; j < cols; ++j) some |= row[j * y.col_stride] < kInf<T> ? 0 : 1;
+    }
   }
-  *found = some;
+  *found = some != 0;
 }
 
 }  // namespace sapwood::logsemiring::SAPWOOD_ISA

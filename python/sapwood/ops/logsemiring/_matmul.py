@@ -35,8 +35,9 @@ _LOG, _MAX, _SAMPLE = (_backends(n) for n in ("log_matmul", "max_matmul", "sampl
 def floats(op: str, **tensors: Tensor) -> list[Tensor]:
     """Checked tensors in their common dtype; under autocast float32."""
     for name, value in tensors.items():
-        _check.tensor(op, name, value)
-        _check.floating(op, name, value)
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            _check.tensor(op, name, value)
+            _check.floating(op, name, value)
     given = list(tensors.values())
     if any(t.device != given[0].device for t in given[1:]):
         _check.same_device(op, **tensors)
@@ -60,12 +61,16 @@ class _Product(NamedTuple):
     cols: tuple[int, ...]
 
     def restore(self, result: Tensor) -> Tensor:  # (..., B, M, N)
+        if not self.batch and self.rows and self.cols:
+            return result.squeeze(-3)
         lead = result.shape[:-3]
         return result.reshape((*lead, *self.batch, *self.rows, *self.cols))
 
 
 def _product(op: str, a: Tensor, b: Tensor) -> _Product:
     a, b = floats(op, a=a, b=b)
+    if a.dim() == 2 == b.dim() and a.shape[1] == b.shape[0]:
+        return _Product(a.unsqueeze(0), b.unsqueeze(0), (), tuple(a.shape[:1]), tuple(b.shape[1:]))
     for name, value in (("a", a), ("b", b)):
         if value.dim() == 0:
             _check.fail(ValueError, op, name, "have at least 1 dimension", "shape ()")
