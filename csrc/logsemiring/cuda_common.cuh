@@ -6,6 +6,13 @@
 
 #include "common/launch.h"
 
+// A loop whose body holds an exponential gains nothing from unrolling, and may spill.
+#if defined(__CUDACC__)
+#define SAPWOOD_ROLLED _Pragma("unroll 1")
+#else
+#define SAPWOOD_ROLLED
+#endif
+
 namespace sapwood::logsemiring::device {
 
 inline constexpr int kWarp = 32;

@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Batched<T> a, Batched<
         }
         __syncthreads();
         const int terms = static_cast<int>(s.k - first < kDepth ? s.k - first : kDepth);
+        SAPWOOD_ROLLED
         for (int l = 0; l < terms; ++l) {
           const T x = left[ty * kPitch + l] + right[tx * kPitch + l];
           if (walk == 0) top = larger(x, top);
@@ -108,6 +109,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       __syncthreads();
       const int terms = static_cast<int>(s.n - first < kDepth ? s.n - first : kDepth);
+      SAPWOOD_ROLLED
       for (int j = 0; inside && j < terms; ++j) {
         T p = weights[ty * kPitch + j] * scaled(x + right[tx * kPitch + j], tops[ty * kPitch + j]);
         p *= grad(batch, i, first + j);

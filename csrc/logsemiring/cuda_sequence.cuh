@@ -151,7 +151,9 @@ __global__ void __launch_bounds__(kThreads)
       for (int64_t e = threadIdx.x; e < width; e += kThreads) {
         const int64_t row = e / s.k * s.k, j = e % s.k;
         double top = -infinity<double>(), sum = 0;
+        SAPWOOD_ROLLED
         for (int64_t i = 0; i < s.k; ++i) top = larger(u[row + i] + t(b, l, i, j), top);
+        SAPWOOD_ROLLED
         for (int64_t i = 0; i < s.k; ++i) sum += scaled(u[row + i] + t(b, l, i, j), top);
         tops[e] = top;
         weights[e] = now[e] == 0 ? 0 : now[e] * inverse(top, sum);
@@ -160,6 +162,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int64_t e = threadIdx.x; e < s.k * s.k; e += kThreads) {
         const int64_t i = e / s.k, j = e % s.k;
         double total = 0;
+        SAPWOOD_ROLLED
         for (int64_t row = 0; row < width; row += s.k) {
           total += weights[row + j] * scaled(u[row + i] + t(b, l, i, j), tops[row + j]);
         }
@@ -168,6 +171,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int64_t e = threadIdx.x; e < width; e += kThreads) {
         const int64_t row = e / s.k * s.k, i = e % s.k;
         double total = given[l * width + e];
+        SAPWOOD_ROLLED
         for (int64_t j = 0; j < s.k; ++j) {
           total += weights[row + j] * scaled(u[e] + t(b, l, i, j), tops[row + j]);
         }
