@@ -69,6 +69,10 @@ inline unsigned grid_of(int64_t blocks) {
   return static_cast<unsigned>(blocks < 0x7fffffff ? blocks : 0x7fffffff);
 }
 
+inline unsigned batch_grid(int64_t batch) {
+  return static_cast<unsigned>(batch < 65535 ? batch : 65535);
+}
+
 inline int64_t tiles_of(int64_t n) {
   return (n + kTile - 1) / kTile;
 }

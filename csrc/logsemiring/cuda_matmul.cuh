@@ -36,10 +36,10 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Batched<T> a, Batched<
   SAPWOOD_SHARED(T, left_tangent, second ? kTile * kPitch : 1);
   SAPWOOD_SHARED(T, right_tangent, second ? kTile * kPitch : 1);
   const int ty = static_cast<int>(threadIdx.x) / kTile, tx = static_cast<int>(threadIdx.x) % kTile;
-  const int64_t down = (s.m + kTile - 1) / kTile, across = (s.n + kTile - 1) / kTile;
-  for (int64_t t = blockIdx.x; t < s.batch * down * across; t += gridDim.x) {
-    const int64_t batch = t / (down * across), row0 = t / across % down * kTile;
-    const int64_t col0 = t % across * kTile;
+  const auto across = static_cast<unsigned>((s.n + kTile - 1) / kTile);
+  const unsigned row_tile = blockIdx.x / across, col_tile = blockIdx.x % across;
+  const int64_t row0 = int64_t{row_tile} * kTile, col0 = int64_t{col_tile} * kTile;
+  for (int64_t batch = blockIdx.y; batch < s.batch; batch += gridDim.y) {
     T top = -infinity<T>(), sum = 0, mean = 0;
     for (int walk = 0; walk < (second ? 3 : 2); ++walk) {
       for (int64_t first = 0; first < s.k; first += kDepth) {
@@ -91,10 +91,11 @@ __global__ void __launch_bounds__(kThreads)
   SAPWOOD_SHARED(T, means, second ? kTile * kPitch : 1);
   SAPWOOD_SHARED(T, right_tangent, second ? kTile * kPitch : 1);
   const int ty = static_cast<int>(threadIdx.x) / kTile, tx = static_cast<int>(threadIdx.x) % kTile;
-  const int64_t down = (s.m + kTile - 1) / kTile, across = (s.k + kTile - 1) / kTile;
-  for (int64_t t = blockIdx.x; t < s.batch * down * across; t += gridDim.x) {
-    const int64_t batch = t / (down * across), row0 = t / across % down * kTile;
-    const int64_t col0 = t % across * kTile, i = row0 + ty, l = col0 + tx;
+  const auto across = static_cast<unsigned>((s.k + kTile - 1) / kTile);
+  const unsigned row_tile = blockIdx.x / across, col_tile = blockIdx.x % across;
+  const int64_t i = int64_t{row_tile} * kTile + ty, l = int64_t{col_tile} * kTile + tx;
+  const int64_t row0 = i - ty, col0 = l - tx;
+  for (int64_t batch = blockIdx.y; batch < s.batch; batch += gridDim.y) {
     const bool inside = i < s.m && l < s.k;
     const T x = inside ? a(batch, i, l) : -infinity<T>();
     T tangent = 0, sum = 0;
@@ -127,10 +128,11 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, bool second>
 void launch_reduce(Batched<T> a, Batched<T> b, Batched<T> ta, Batched<T> tb, Shape s,
                    Reduced<T> out, Stream stream) {
-  const int64_t blocks = s.batch * tiles_of(s.m) * tiles_of(s.n);
-  if (blocks == 0) return;
+  const int64_t blocks = tiles_of(s.m) * tiles_of(s.n);  // below 2^31 for any tensor that exists
+  if (s.batch * blocks == 0) return;
   auto kernel = reduce_kernel<T, second>;
-  SAPWOOD_LAUNCH(kernel, grid_of(blocks), kThreads, 0, stream, a, b, ta, tb, s, out);
+  SAPWOOD_LAUNCH(kernel, dim3(grid_of(blocks), batch_grid(s.batch)), kThreads, 0, stream, a, b, ta,
+                 tb, s, out);
   SAPWOOD_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -138,11 +140,11 @@ template <class T, bool second>
 void launch_gradient(Batched<T> a, Batched<T> b, Batched<T> ta, Batched<T> tb, Batched<T> shift,
                      Batched<T> weight, Batched<T> mean, Batched<T> grad, Shape s, T* out,
                      int64_t out_row, int64_t out_col, Stream stream) {
-  const int64_t blocks = s.batch * tiles_of(s.m) * tiles_of(s.k);
-  if (blocks == 0) return;
+  const int64_t blocks = tiles_of(s.m) * tiles_of(s.k);
+  if (s.batch * blocks == 0) return;
   auto kernel = gradient_kernel<T, second>;
-  SAPWOOD_LAUNCH(kernel, grid_of(blocks), kThreads, 0, stream, a, b, ta, tb, shift, weight, mean,
-                 grad, s, out, out_row, out_col);
+  SAPWOOD_LAUNCH(kernel, dim3(grid_of(blocks), batch_grid(s.batch)), kThreads, 0, stream, a, b, ta,
+                 tb, shift, weight, mean, grad, s, out, out_row, out_col);
   SAPWOOD_CUDA_CHECK(cudaGetLastError());
 }
 

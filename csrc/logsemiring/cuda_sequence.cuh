@@ -139,40 +139,41 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     scan_backward_kernel(Chain<T> t, ChainShape s, const double* states, const double* grad,
                          double* buffers, T* dt, double* dinit) {
-  const int64_t width = s.rows * s.k;
+  const auto k = static_cast<unsigned>(s.k);  // a step has k * k entries: below 2^32
+  const unsigned width = static_cast<unsigned>(s.rows) * k;
   for (int64_t b = blockIdx.x; b < s.batch; b += gridDim.x) {
     double *now = buffers + b * 4 * width, *before = now + width;
     double *tops = before + width, *weights = tops + width;
     const double* given = grad + b * (s.length + 1) * width;
-    for (int64_t e = threadIdx.x; e < width; e += kThreads) now[e] = given[s.length * width + e];
+    for (unsigned e = threadIdx.x; e < width; e += kThreads) now[e] = given[s.length * width + e];
     __syncthreads();
     for (int64_t l = s.length - 1; l >= 0; --l) {
       const double* u = states + (b * (s.length + 1) + l) * width;
-      for (int64_t e = threadIdx.x; e < width; e += kThreads) {
-        const int64_t row = e / s.k * s.k, j = e % s.k;
+      for (unsigned e = threadIdx.x; e < width; e += kThreads) {
+        const unsigned row = e / k * k, j = e % k;
         double top = -infinity<double>(), sum = 0;
         SAPWOOD_ROLLED
-        for (int64_t i = 0; i < s.k; ++i) top = larger(u[row + i] + t(b, l, i, j), top);
+        for (unsigned i = 0; i < k; ++i) top = larger(u[row + i] + t(b, l, i, j), top);
         SAPWOOD_ROLLED
-        for (int64_t i = 0; i < s.k; ++i) sum += scaled(u[row + i] + t(b, l, i, j), top);
+        for (unsigned i = 0; i < k; ++i) sum += scaled(u[row + i] + t(b, l, i, j), top);
         tops[e] = top;
         weights[e] = now[e] == 0 ? 0 : now[e] * inverse(top, sum);
       }
       __syncthreads();
-      for (int64_t e = threadIdx.x; e < s.k * s.k; e += kThreads) {
-        const int64_t i = e / s.k, j = e % s.k;
+      for (unsigned e = threadIdx.x; e < k * k; e += kThreads) {
+        const unsigned i = e / k, j = e % k;
         double total = 0;
         SAPWOOD_ROLLED
-        for (int64_t row = 0; row < width; row += s.k) {
+        for (unsigned row = 0; row < width; row += k) {
           total += weights[row + j] * scaled(u[row + i] + t(b, l, i, j), tops[row + j]);
         }
         dt[(b * s.length + l) * s.k * s.k + e] = static_cast<T>(total);
       }
-      for (int64_t e = threadIdx.x; e < width; e += kThreads) {
-        const int64_t row = e / s.k * s.k, i = e % s.k;
+      for (unsigned e = threadIdx.x; e < width; e += kThreads) {
+        const unsigned row = e / k * k, i = e % k;
         double total = given[l * width + e];
         SAPWOOD_ROLLED
-        for (int64_t j = 0; j < s.k; ++j) {
+        for (unsigned j = 0; j < k; ++j) {
           total += weights[row + j] * scaled(u[e] + t(b, l, i, j), tops[row + j]);
         }
         before[e] = total;
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(kThreads)
       now = before;
       before = swapped;
     }
-    for (int64_t e = threadIdx.x; e < width; e += kThreads) dinit[b * width + e] = now[e];
+    for (unsigned e = threadIdx.x; e < width; e += kThreads) dinit[b * width + e] = now[e];
     __syncthreads();
   }
 }
