@@ -249,7 +249,9 @@ SAPWOOD_TARGET SAPWOOD_INLINE bool weigh_row(const T* s, T alpha, const T* beta,
     typename Lanes<T>::type v, shift, g;
     load<T>(v, s + j);
     load<T>(shift, beta + j);
-    if (grad_stride == 1 && count - j >= W) {
+    if (grad_stride == 0) {  // as the gradient of a sum is
+      g = typename Lanes<T>::type{} + grad[0];
+    } else if (grad_stride == 1 && count - j >= W) {
       load<T>(g, grad + j);
     } else {
       T lanes[W] = {};
@@ -299,6 +301,8 @@ template <class T>
 SAPWOOD_TARGET void largest_finite(const Matrix<T>& x, int64_t m, int64_t n, T* most) {
   constexpr int W = Lanes<T>::count;
   typename Lanes<T>::type best{}, v;
+  if (x.row_stride == 0) m = std::min<int64_t>(m, 1);
+  if (x.col_stride == 0) n = std::min<int64_t>(n, 1);
   for (int64_t i = 0; i < m; ++i) {
     const T* row = x.data + i * x.row_stride;
     int64_t j = 0;
