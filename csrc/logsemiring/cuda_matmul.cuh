@@ -29,8 +29,9 @@ __device__ inline void load_tile(T* tile, const Batched<T>& from, int64_t batch,
 // One output per thread: three walks over the terms (maximum, sum, and with tangents their mean).
 // `b` is the right operand transposed: (B, N, K); likewise its tangent `tb`.
 template <class T, bool second>
-__global__ void __launch_bounds__(kThreads) reduce_kernel(Batched<T> a, Batched<T> b, Batched<T> ta,
-                                                          Batched<T> tb, Shape s, Reduced<T> out) {
+__global__ void __launch_bounds__(kThreads, 2)
+    reduce_kernel(Batched<T> a, Batched<T> b, Batched<T> ta, Batched<T> tb, Shape s,
+                  Reduced<T> out) {
   SAPWOOD_SHARED(T, left, kTile * kPitch);
   SAPWOOD_SHARED(T, right, kTile * kPitch);
   SAPWOOD_SHARED(T, left_tangent, second ? kTile * kPitch : 1);
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Batched<T> a, Batched<
 // out (B, M, K) = sum_j w_ij p (or w_ij p (ta + tb - mean_ij)) with w = grad weight. The gradient of
 // b is the same with everything transposed.
 template <class T, bool second>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     gradient_kernel(Batched<T> a, Batched<T> b, Batched<T> ta, Batched<T> tb, Batched<T> shift,
                     Batched<T> weight, Batched<T> mean, Batched<T> grad, Shape s, T* out,
                     int64_t out_row, int64_t out_col) {

@@ -8,7 +8,7 @@ namespace sapwood::logsemiring::device {
 
 // One output per thread; NaN wins, then the lowest index.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     max_kernel(Batched<T> a, Batched<T> b, Shape s, T* values, int64_t* indices) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     sample_kernel(Batched<T> a, Batched<T> b, Shape s, int64_t samples, uint64_t key,
                   int64_t* out) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -73,7 +73,7 @@ __device__ inline T warp_sum(T v) {
 
 // `values` (O, S, I) or `weights` (O, n, I), the other null.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     segment_kernel(const T* x, Division d, T* values, T* weights) {
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
@@ -117,7 +117,8 @@ struct ChainShape {
 
 // A block walks one chain; states (B, L + 1, R, k), the first of which is given.
 template <class T>
-__global__ void __launch_bounds__(kThreads) scan_kernel(Chain<T> t, ChainShape s, double* states) {
+__global__ void __launch_bounds__(kThreads, 2)
+    scan_kernel(Chain<T> t, ChainShape s, double* states) {
   const int64_t width = s.rows * s.k;
   for (int64_t b = blockIdx.x; b < s.batch; b += gridDim.x) {
     double* u = states + b * (s.length + 1) * width;
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(Chain<T> t, ChainShape s
 
 // Buffers of the backward walk: gradients of two neighbouring states, maxima and weights (B, 4, R, k).
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     scan_backward_kernel(Chain<T> t, ChainShape s, const double* states, const double* grad,
                          double* buffers, T* dt, double* dinit) {
   const auto k = static_cast<unsigned>(s.k);  // a step has k * k entries: below 2^32
