@@ -65,6 +65,20 @@ def test_gradients(scale: float) -> None:
     torch.testing.assert_close(db.sum(0), g.sum(0), atol=1e-5 * 40, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("value", [1.0, -3e30])
+def test_gradient_of_a_sum(value: float, scale: float) -> None:
+    """It arrives expanded, and may be so large that grad / S would overflow."""
+    a, b = (t.requires_grad_() for t in problem((50, 40, 60), scale, torch.float32))
+    c = ops.log_matmul(a, b)
+    expanded = torch.tensor(value).expand(50, 60)
+    whole = torch.autograd.grad(c, (a, b), expanded, retain_graph=True)
+    for got, want in zip(whole, torch.autograd.grad(c, (a, b), expanded.clone()), strict=True):
+        assert torch.equal(got, want)
+        assert got.isfinite().all()
+    torch.testing.assert_close(whole[0].sum(1) / value, torch.full((50,), 60.0))
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_probabilities_sum_to_one(scale: float) -> None:
     """One output at a time, with maxima that do not lie at the same k."""

@@ -17,7 +17,9 @@ SAPWOOD_TARGET void row_maxima(const Matrix<T>& x, int64_t m, int64_t k, T* top)
       T lanes[W], most = -kInf<T>;
       store<T>(lanes, best);
       for (int w = 0; w < W; ++w) most = lanes[w] > most ? lanes[w] : most;
-      for (; l < k; ++l) most = row[l] > most ? row[l] : most;
+      const T* tail = row + l;
+      const int64_t rest = (k - l) % W;
+      for (int64_t i = 0; i < rest; ++i) most = tail[i] > most ? tail[i] : most;
       top[i] = most;
     }
     return;
