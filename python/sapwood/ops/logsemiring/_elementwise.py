@@ -227,8 +227,8 @@ def log1mexp(x: Tensor) -> Tensor:
 
     Example:
         >>> import torch, sapwood
-        >>> sapwood.ops.log1mexp(torch.tensor([-1e-10, -100.0]))
-        tensor([-2.3026e+01, -3.7835e-44])
+        >>> sapwood.ops.log1mexp(torch.tensor([-1e-10, -50.0]))
+        tensor([-2.3026e+01, -1.9287e-22])
 
     Args:
         x: (*) floating point; a log-probability.
