@@ -15,6 +15,17 @@ SAPWOOD_LIBRARY(m) {
   m.def("packed_linear_sell(Tensor x, Tensor values, Tensor index, Tensor window, Tensor slice_ptr, Tensor? bias, int n, int k, str activation) -> Tensor");
   m.def("sampled_matmul(Tensor grad, Tensor x, Tensor cols, Tensor row_ptr) -> Tensor");
 
+  // logsemiring: c_ij = log sum_k exp(a_ik + b_kj)
+  m.def("log_matmul(Tensor a, Tensor b, bool exact) -> Tensor");
+  m.def("log_matmul_backward(Tensor grad, Tensor a, Tensor b, bool exact, bool need_a, bool need_b) -> (Tensor, Tensor)");
+  m.def("log_matmul_double_backward(Tensor grad, Tensor a, Tensor b, Tensor tangent_a, Tensor tangent_b) -> (Tensor, Tensor, Tensor)");
+  m.def("max_matmul(Tensor a, Tensor b) -> (Tensor values, Tensor indices)");
+  m.def("sample_matmul(Tensor a, Tensor b, int num_samples, int seed) -> Tensor");
+  m.def("segment_logsumexp(Tensor x, Tensor ptr, Tensor? order) -> Tensor");
+  m.def("segment_softmax(Tensor x, Tensor ptr, Tensor? order) -> Tensor");
+  m.def("log_scan(Tensor t, Tensor init) -> Tensor");
+  m.def("log_scan_backward(Tensor grad, Tensor t, Tensor states) -> (Tensor, Tensor)");
+
   // similarity: rows of x against each other, or against rows of y; kind is cosine, correlation, dot or euclidean
   m.def("row_normalize(Tensor x, str kind) -> Tensor");
   m.def("similarity_pairs(Tensor x, Tensor? y, float threshold, str kind, bool absolute, bool include_self, int max_pairs, bool recheck) -> (Tensor row, Tensor col, Tensor value, Tensor truncated)");

@@ -23,7 +23,7 @@ def run() -> list[Result]:
     """Runs every family's check; a failure is a result, not an exception.
 
     >>> [result.family for result in run()]
-    ['masked_matmul', 'similarity', 'pruning']
+    ['masked_matmul', 'logsemiring', 'similarity', 'pruning']
 
     Returns:
         One result per family, in the order of ``FAMILIES``.
@@ -75,6 +75,28 @@ def _masked_matmul() -> str:
     return f"training op, gradient, {', '.join(PACKED_FORMATS)}: within {max(worst):.0e}"
 
 
+def _logsemiring() -> str:
+    from sapwood import ops
+
+    generator = torch.Generator().manual_seed(0)
+    worst = []
+    for scale in (1.0, 100.0):
+        a = scale * torch.randn(50, 60, generator=generator)
+        b = scale * torch.randn(60, 40, generator=generator)
+        expected = torch.logsumexp(a.double()[:, :, None] + b.double(), 1)
+        worst.append(_difference("log_matmul", ops.log_matmul(a, b), expected))
+    empty = torch.full((30, 60), -torch.inf, requires_grad=True)
+    output = ops.log_matmul(empty, b)
+    output.sum().backward()
+    if empty.grad is None or empty.grad.any() or not output.eq(-torch.inf).all():
+        raise ArithmeticError("log_matmul gives rows without mass a value or a gradient")
+    steps = torch.randn(200, 4, 4, generator=generator)
+    forward = ops.logsumexp(ops.log_scan(steps, torch.zeros(4)).double(), 0)
+    backward = ops.logsumexp(ops.log_scan(steps, torch.zeros(4), reverse=True).double(), 0)
+    worst.append(_difference("log_scan", forward[None], backward[None]))
+    return f"products at scales 1 and 100, -inf, a chain of 200: within {max(worst):.0e}"
+
+
 def _similarity() -> str:
     from sapwood import ops
 
@@ -117,6 +139,7 @@ PACKED_FORMATS = ("bitmap", "csr", "sell")
 #: Family name -> check; it returns what was compared and raises when something is wrong.
 FAMILIES: dict[str, Callable[[], str]] = {
     "masked_matmul": _masked_matmul,
+    "logsemiring": _logsemiring,
     "similarity": _similarity,
     "pruning": _pruning,
 }

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import sapwood.ops.logsemiring
 import sapwood.ops.masked_matmul
-import sapwood.ops.similarity  # noqa: F401  both register how to explain their ops
+import sapwood.ops.similarity  # noqa: F401  each registers how to explain its ops
 from sapwood import _backend, _check
 
 

@@ -60,6 +60,7 @@ class Stages:
             "recipe": type(recipe).__name__,
             "train": asdict(recipe.train),
             "batches per epoch": self.per_epoch,
+            "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
             "selection": recipe.selection,
             **described,
         }
@@ -152,13 +153,8 @@ class Stages:
         manifest, tensors = _checkpoint.read(path, self.where)
         there = manifest.get("setup")
         if there != self._setup:
-            there = there if isinstance(there, dict) else {}
-            keys = [*self._setup, *there]
-            key = next(key for key in keys if there.get(key) != self._setup.get(key))
-            raise ValueError(
-                f"{self.where}: {path} must be of the same run, got {key} = "
-                f"{there.get(key)!r} instead of {self._setup.get(key)!r}"
-            )
+            difference = _first_difference(there, self._setup)
+            raise ValueError(f"{self.where}: {path} must be of the same run, got {difference}")
         return manifest, tensors
 
     def _write(self, path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -251,6 +247,17 @@ class _Keeper:
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         kept = self._stages._read(self._path)
         return kept if kept is not None and kept[0]["index"] == self._index else None
+
+
+def _first_difference(there: Any, here: Any) -> str:
+    """Where two descriptions of a run differ first, in words."""
+    name = ""
+    while isinstance(there, dict) and isinstance(here, dict):
+        keys = [*here, *there]
+        key = next(key for key in keys if there.get(key) != here.get(key))
+        name = f"{name}.{key}" if name else key
+        there, here = there.get(key), here.get(key)
+    return f"{name} = {there!r} instead of {here!r}"
 
 
 def holding(masks: MaskSet) -> BuildPruner:

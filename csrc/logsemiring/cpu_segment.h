@@ -1,0 +1,183 @@
+// Log-sum-exp and softmax over segments of the middle dimension of x (O, n, I).
+#pragma once
+
+#include <optional>
+
+#include "logsemiring/cpu_tensors.h"
+
+namespace sapwood::logsemiring {
+
+// The entries of segment s are order[ptr[s]] ... order[ptr[s + 1] - 1]; without an order, they are
+// ptr[s] ... ptr[s + 1] - 1.
+struct Segments {
+  const int64_t *ptr, *order;
+  int64_t count;
+
+  int64_t entry(int64_t i) const { return order != nullptr ? order[i] : i; }
+};
+
+inline constexpr int64_t kInner = 64;  // neighbouring columns that one task reduces side by side
+
+// Maximum, sum and verdict of one segment for `width` columns: sum is 0 without mass, NaN with NaN
+// among the terms, and the number of +inf terms where top is +inf.
+template <class T>
+void reduce_segment(const T* x, int64_t inner, const Segments& g, int64_t s, int64_t width, T* top,
+                    T* sum) {
+  std::fill_n(top, width, -kInf<T>);
+  std::fill_n(sum, width, T(0));
+  for (int64_t i = g.ptr[s]; i < g.ptr[s + 1]; ++i) {
+    const T* row = x + g.entry(i) * inner;
+    for (int64_t c = 0; c < width; ++c) top[c] = row[c] > top[c] ? row[c] : top[c];
+  }
+  for (int64_t i = g.ptr[s]; i < g.ptr[s + 1]; ++i) {
+    const T* row = x + g.entry(i) * inner;
+    for (int64_t c = 0; c < width; ++c) {
+      const T d = row[c] == top[c] && row[c] != -kInf<T>
+                      ? T(0)
+                      : row[c] - (top[c] == -kInf<T> ? T(0) : top[c]);
+      sum[c] += math::exp(d);
+    }
+  }
+}
+
+template <class T>
+void segment_values(const T* x, int64_t inner, const Segments& g, int64_t s, int64_t width,
+                    T* out) {
+  T top[kInner], sum[kInner];
+  reduce_segment(x, inner, g, s, width, top, sum);
+  for (int64_t c = 0; c < width; ++c) {
+    const bool infinite = top[c] == kInf<T> || top[c] == -kInf<T>;
+    out[c] = sum[c] != sum[c] ? sum[c] : infinite ? top[c] : top[c] + math::log(sum[c]);
+  }
+}
+
+template <class T>
+void segment_weights(const T* x, int64_t inner, const Segments& g, int64_t s, int64_t width,
+                     T* out) {
+  T top[kInner], sum[kInner];
+  reduce_segment(x, inner, g, s, width, top, sum);
+  for (int64_t i = g.ptr[s]; i < g.ptr[s + 1]; ++i) {
+    const T* row = x + g.entry(i) * inner;
+    T* to = out + g.entry(i) * inner;
+    for (int64_t c = 0; c < width; ++c) {
+      const T p = row[c] == top[c] ? T(1) : math::exp(row[c] - top[c]);
+      to[c] = sum[c] != sum[c] ? sum[c] : top[c] == -kInf<T> ? T(0) : p / sum[c];
+    }
+  }
+}
+
+inline Segments segments_of(const char* op, const Tensor& x, const Tensor& ptr,
+                            const std::optional<Tensor>& order) {
+  check_dim(op, "x", x, 3);
+  check_floating(op, "x", x);
+  check_dim(op, "ptr", ptr, 1);
+  check_dtype(op, "ptr", ptr, ptr.scalar_type() == ScalarType::Long, "int64");
+  STD_TORCH_CHECK(ptr.numel() > 0, "sapwood.", op, ": ptr must not be empty, got (0,)");
+  Segments g{data<int64_t>(ptr), nullptr, ptr.numel() - 1};
+  int64_t entries = x.size(1);
+  if (order) {
+    check_dtype(op, "order", *order, order->scalar_type() == ScalarType::Long, "int64");
+    check_shape(op, "order", *order, {x.size(1)});
+    g.order = data<int64_t>(*order);
+    for (int64_t i = 0; i < entries; ++i) {
+      STD_TORCH_CHECK(g.order[i] >= 0 && g.order[i] < entries, "sapwood.", op,
+                      ": order must hold positions in x, got ", g.order[i]);
+    }
+  }
+  bool valid = g.ptr[0] == 0 && g.ptr[g.count] == entries;
+  for (int64_t s = 0; s < g.count; ++s) valid = valid && g.ptr[s] <= g.ptr[s + 1];
+  STD_TORCH_CHECK(valid, "sapwood.", op, ": ptr must rise from 0 to x.size(1) = ", entries,
+                  ", got other values");
+  return g;
+}
+
+// One column: the terms are gathered and reduced on vectors. Values go to out[0], weights to the
+// entries of out. Returns false where the maximum is not finite.
+template <bool weights, class T>
+bool gathered_segment(const T* x, const Segments& g, int64_t s, Scratch<T>& scratch, T* out) {
+  const int64_t first = g.ptr[s], count = g.ptr[s + 1] - first;
+  T *terms = scratch.get(), top = -kInf<T>, sum = 0;
+  for (int64_t i = 0; i < count; ++i) terms[i] = x[g.entry(first + i)];
+  SAPWOOD_ISA_CALL(reduce_terms(terms, count, &top, &sum));
+  if (!(top > -kInf<T> && top < kInf<T>)) return false;
+  if constexpr (weights) {
+    for (int64_t i = 0; i < count; ++i) out[g.entry(first + i)] = terms[i] / sum;
+  } else {
+    out[0] = top + math::log(sum);
+  }
+  return true;
+}
+
+inline int64_t longest(const Segments& g) {
+  int64_t most = 0;
+  for (int64_t s = 0; s < g.count; ++s) most = std::max(most, g.ptr[s + 1] - g.ptr[s]);
+  return most;
+}
+
+// f(outer, segment, first column, width) for all blocks.
+template <class F>
+void over_segments(const Tensor& x, const Segments& g, const F& f) {
+  const int64_t inner = x.size(2), blocks = round_up(inner, kInner) / kInner;
+  const int64_t tasks = x.size(0) * g.count * blocks;
+  if (tasks == 0) return;
+  const int64_t mean =
+      std::max<int64_t>(1, x.size(1) * std::min(inner, kInner) / std::max<int64_t>(1, g.count));
+  parallel_range(tasks, std::max<int64_t>(1, 16384 / mean), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = t % blocks * kInner, rest = t / blocks;
+      f(rest / g.count, rest % g.count, first, std::min(kInner, inner - first));
+    }
+  });
+}
+
+inline Tensor segment_logsumexp(const Tensor& x, const Tensor& ptr_in,
+                                const std::optional<Tensor>& order_in) {
+  const Tensor ptr = torch::stable::contiguous(ptr_in);
+  const std::optional<Tensor> order =
+      order_in ? std::optional<Tensor>(torch::stable::contiguous(*order_in)) : order_in;
+  const Segments g = segments_of("segment_logsumexp", x, ptr, order);
+  const Tensor from = torch::stable::contiguous(as_compute(x));
+  const int64_t n = x.size(1), inner = x.size(2);
+  const Tensor out = torch::stable::new_empty(from, {x.size(0), g.count, inner});
+  with_type(from, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t room = inner == 1 ? longest(g) + kStrip<T> : 0;
+    over_segments(x, g, [&](int64_t o, int64_t s, int64_t first, int64_t width) {
+      Scratch<T> scratch(room);
+      if (inner == 1 && gathered_segment<false>(data<T>(from) + o * n, g, s, scratch,
+                                                mutable_data<T>(out) + o * g.count + s)) {
+        return;
+      }
+      segment_values<T>(data<T>(from) + o * n * inner + first, inner, g, s, width,
+                        mutable_data<T>(out) + (o * g.count + s) * inner + first);
+    });
+  });
+  return back_to(out, x.scalar_type());
+}
+
+inline Tensor segment_softmax(const Tensor& x, const Tensor& ptr_in,
+                              const std::optional<Tensor>& order_in) {
+  const Tensor ptr = torch::stable::contiguous(ptr_in);
+  const std::optional<Tensor> order =
+      order_in ? std::optional<Tensor>(torch::stable::contiguous(*order_in)) : order_in;
+  const Segments g = segments_of("segment_softmax", x, ptr, order);
+  const Tensor from = torch::stable::contiguous(as_compute(x));
+  const int64_t n = x.size(1), inner = x.size(2);
+  const Tensor out = torch::stable::new_empty(from, {x.size(0), n, inner});
+  with_type(from, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t room = inner == 1 ? longest(g) + kStrip<T> : 0;
+    over_segments(x, g, [&](int64_t o, int64_t s, int64_t first, int64_t width) {
+      const int64_t at = o * n * inner + first;
+      Scratch<T> scratch(room);
+      if (inner == 1 &&
+          gathered_segment<true>(data<T>(from) + at, g, s, scratch, mutable_data<T>(out) + at)) {
+        return;
+      }
+      segment_weights<T>(data<T>(from) + at, inner, g, s, width, mutable_data<T>(out) + at);
+    });
+  });
+  return back_to(out, x.scalar_type());
+}
+
+}  // namespace sapwood::logsemiring

@@ -1,0 +1,303 @@
+// logsemiring on CUDA: tensors in, launches of the kernels in cuda_*.cuh, registration.
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "common/checks.h"
+#include "common/cuda.h"
+#include "common/cuda_tensor.h"
+#include "common/registry.h"
+#include "logsemiring/cuda_sequence.cuh"
+
+namespace sapwood::logsemiring::device {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor widened(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  const bool half = type == ScalarType::Half || type == ScalarType::BFloat16;
+  return half ? torch::stable::to(t, ScalarType::Float) : t;
+}
+
+Tensor restored(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+// Calls f(T{}) for float32 or float64.
+template <class F>
+void with_type(const char* op, const Tensor& t, F&& f) {
+  if (t.scalar_type() == ScalarType::Float) return f(float{});
+  if (t.scalar_type() == ScalarType::Double) return f(double{});
+  check_dtype(op, "argument", t, false, "float32, float64, float16 or bfloat16");
+}
+
+template <class T>
+Batched<T> batched(const Tensor& t) {
+  return {input<T>(t), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+void check_like(const char* op, const char* argument, const Tensor& t, const Tensor& like) {
+  check_device(op, argument, t, "a", like);
+  check_dtype(op, argument, t, t.scalar_type() == like.scalar_type(), "of a's dtype");
+}
+
+Shape product_shape(const char* op, const Tensor& a, const Tensor& b) {
+  check_dim(op, "a", a, 3);
+  check_dim(op, "b", b, 3);
+  check_shape(op, "b", b, {a.size(0), a.size(2), b.size(2)});
+  check_like(op, "b", b, a);
+  return {a.size(0), a.size(1), b.size(2), a.size(2)};
+}
+
+Tensor log_matmul(const Tensor& a_in, const Tensor& b_in, bool /*exact: always*/) {
+  const char* op = "log_matmul";
+  const Shape s = product_shape(op, a_in, b_in);
+  const DeviceScope scope(a_in);
+  const Tensor a = widened(a_in), b = widened(b_in);
+  const Tensor c = torch::stable::new_empty(a, {s.batch, s.m, s.n});
+  with_type(op, a, [&](auto zero) {
+    using T = decltype(zero);
+    const Batched<T> left = batched<T>(a), right = batched<T>(b).transposed();
+    launch_reduce<T, false>(left, right, left, right, s, {output<T>(c), nullptr, nullptr, nullptr},
+                            current_stream(a));
+  });
+  return restored(c, a_in.scalar_type());
+}
+
+// Both gradients of one order; `mean` and the tangents are read in the second.
+template <class T, bool second>
+void gradients(const Tensor& grad, const Tensor& a, const Tensor& b, const Tensor& ta,
+               const Tensor& tb, const Tensor& mean, Shape s, T* da, T* db) {
+  const Stream stream = current_stream(a);
+  const Tensor shift = torch::stable::new_empty(a, {s.batch, s.m, s.n});
+  const Tensor weight = torch::stable::new_empty(a, {s.batch, s.m, s.n});
+  const Batched<T> left = batched<T>(a), right = batched<T>(b), g = batched<T>(grad);
+  const Batched<T> h = batched<T>(ta), k = batched<T>(tb), q = batched<T>(mean);
+  const Batched<T> top = batched<T>(shift), w = batched<T>(weight);
+  launch_reduce<T, second>(
+      left, right.transposed(), h, k.transposed(), s,
+      {nullptr, output<T>(shift), output<T>(weight), second ? output<T>(mean) : nullptr}, stream);
+  if (da != nullptr) {
+    launch_gradient<T, second>(left, right, h, k, top, w, q, g, s, da, s.k, 1, stream);
+  }
+  if (db != nullptr) {
+    launch_gradient<T, second>(right.transposed(), left.transposed(), k.transposed(),
+                               h.transposed(), top.transposed(), w.transposed(), q.transposed(),
+                               g.transposed(), {s.batch, s.n, s.m, s.k}, db, 1, s.n, stream);
+  }
+}
+
+void check_grad(const char* op, const Tensor& grad, const Tensor& a, const Shape& s) {
+  check_shape(op, "grad", grad, {s.batch, s.m, s.n});
+  check_like(op, "grad", grad, a);
+}
+
+std::tuple<Tensor, Tensor> log_matmul_backward(const Tensor& grad_in, const Tensor& a_in,
+                                               const Tensor& b_in, bool /*exact*/, bool need_a,
+                                               bool need_b) {
+  const char* op = "log_matmul_backward";
+  const Shape s = product_shape(op, a_in, b_in);
+  check_grad(op, grad_in, a_in, s);
+  const DeviceScope scope(a_in);
+  const Tensor a = widened(a_in), b = widened(b_in), grad = widened(grad_in);
+  Tensor da = torch::stable::new_empty(a, {0}), db = torch::stable::new_empty(a, {0});
+  if (need_a) da = torch::stable::new_empty(a, {s.batch, s.m, s.k});
+  if (need_b) db = torch::stable::new_empty(a, {s.batch, s.k, s.n});
+  with_type(op, a, [&](auto zero) {
+    using T = decltype(zero);
+    gradients<T, false>(grad, a, b, a, b, grad, s, need_a ? output<T>(da) : nullptr,
+                        need_b ? output<T>(db) : nullptr);
+  });
+  const ScalarType type = a_in.scalar_type();
+  return {restored(da, type), restored(db, type)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> log_matmul_double_backward(const Tensor& grad_in,
+                                                              const Tensor& a_in,
+                                                              const Tensor& b_in,
+                                                              const Tensor& ta_in,
+                                                              const Tensor& tb_in) {
+  const char* op = "log_matmul_double_backward";
+  const Shape s = product_shape(op, a_in, b_in);
+  check_grad(op, grad_in, a_in, s);
+  check_shape(op, "tangent_a", ta_in, a_in.sizes());
+  check_shape(op, "tangent_b", tb_in, b_in.sizes());
+  check_like(op, "tangent_a", ta_in, a_in);
+  check_like(op, "tangent_b", tb_in, a_in);
+  const DeviceScope scope(a_in);
+  const Tensor a = widened(a_in), b = widened(b_in), grad = widened(grad_in);
+  const Tensor ta = widened(ta_in), tb = widened(tb_in);
+  const Tensor mean = torch::stable::new_empty(a, {s.batch, s.m, s.n});
+  const Tensor da = torch::stable::new_empty(a, {s.batch, s.m, s.k});
+  const Tensor db = torch::stable::new_empty(a, {s.batch, s.k, s.n});
+  with_type(op, a, [&](auto zero) {
+    using T = decltype(zero);
+    gradients<T, true>(grad, a, b, ta, tb, mean, s, output<T>(da), output<T>(db));
+  });
+  const ScalarType type = a_in.scalar_type();
+  return {restored(mean, type), restored(da, type), restored(db, type)};
+}
+
+std::tuple<Tensor, Tensor> max_matmul(const Tensor& a_in, const Tensor& b_in) {
+  const char* op = "max_matmul";
+  const Shape s = product_shape(op, a_in, b_in);
+  const DeviceScope scope(a_in);
+  const Tensor a = widened(a_in), b = widened(b_in);
+  const Tensor values = torch::stable::new_empty(a, {s.batch, s.m, s.n});
+  const Tensor indices = torch::stable::new_empty(a, {s.batch, s.m, s.n}, ScalarType::Long);
+  const int64_t blocks = (values.numel() + kThreads - 1) / kThreads;
+  if (blocks > 0) {
+    with_type(op, a, [&](auto zero) {
+      using T = decltype(zero);
+      auto kernel = max_kernel<T>;
+      SAPWOOD_LAUNCH(kernel, grid_of(blocks), kThreads, 0, current_stream(a), batched<T>(a),
+                     batched<T>(b), s, output<T>(values), output<int64_t>(indices));
+      SAPWOOD_CUDA_CHECK(cudaGetLastError());
+    });
+  }
+  return {restored(values, a_in.scalar_type()), indices};
+}
+
+Tensor sample_matmul(const Tensor& a_in, const Tensor& b_in, int64_t num_samples, int64_t seed) {
+  const char* op = "sample_matmul";
+  const Shape s = product_shape(op, a_in, b_in);
+  const DeviceScope scope(a_in);
+  const Tensor a = widened(a_in), b = widened(b_in);
+  const Tensor out =
+      torch::stable::new_empty(a, {num_samples, s.batch, s.m, s.n}, ScalarType::Long);
+  const int64_t blocks = (out.numel() + kThreads - 1) / kThreads;
+  if (blocks == 0) return out;
+  with_type(op, a, [&](auto zero) {
+    using T = decltype(zero);
+    auto kernel = sample_kernel<T>;
+    SAPWOOD_LAUNCH(kernel, grid_of(blocks), kThreads, 0, current_stream(a), batched<T>(a),
+                   batched<T>(b), s, num_samples, static_cast<uint64_t>(seed),
+                   output<int64_t>(out));
+    SAPWOOD_CUDA_CHECK(cudaGetLastError());
+  });
+  return out;
+}
+
+// Values (O, S, I), or weights (O, n, I). The contents of ptr and order are not checked: that would
+// wait for the device; SegmentPlan checks them when it is made.
+Tensor segments(const char* op, const Tensor& x_in, const Tensor& ptr_in,
+                const OptionalTensor& order_in, bool weights) {
+  check_dim(op, "x", x_in, 3);
+  check_dim(op, "ptr", ptr_in, 1);
+  check_dtype(op, "ptr", ptr_in, ptr_in.scalar_type() == ScalarType::Long, "int64");
+  check_device(op, "ptr", ptr_in, "x", x_in);
+  STD_TORCH_CHECK(ptr_in.numel() > 0, "sapwood.", op, ": ptr must not be empty, got (0,)");
+  const DeviceScope scope(x_in);
+  const Tensor x = torch::stable::contiguous(widened(x_in));
+  const Tensor ptr = torch::stable::contiguous(ptr_in);
+  OptionalTensor order;
+  if (order_in) {
+    check_shape(op, "order", *order_in, {x.size(1)});
+    check_dtype(op, "order", *order_in, order_in->scalar_type() == ScalarType::Long, "int64");
+    check_device(op, "order", *order_in, "x", x_in);
+    order = torch::stable::contiguous(*order_in);
+  }
+  const Division d{input<int64_t>(ptr), order ? input<int64_t>(*order) : nullptr,
+                   x.size(0),           ptr.numel() - 1,
+                   x.size(2),           x.size(1)};
+  const Tensor out =
+      torch::stable::new_empty(x, {x.size(0), weights ? x.size(1) : d.count, x.size(2)});
+  const int64_t warps = d.outer * d.count * d.inner, per_block = kThreads / kWarp;
+  if (warps > 0) {
+    with_type(op, x, [&](auto zero) {
+      using T = decltype(zero);
+      auto kernel = segment_kernel<T>;
+      T *values = weights ? nullptr : output<T>(out), *shares = weights ? output<T>(out) : nullptr;
+      SAPWOOD_LAUNCH(kernel, grid_of((warps + per_block - 1) / per_block), kThreads, 0,
+                     current_stream(x), input<T>(x), d, values, shares);
+      SAPWOOD_CUDA_CHECK(cudaGetLastError());
+    });
+  }
+  return restored(out, x_in.scalar_type());
+}
+
+Tensor segment_logsumexp(const Tensor& x, const Tensor& ptr, const OptionalTensor& order) {
+  return segments("segment_logsumexp", x, ptr, order, false);
+}
+
+Tensor segment_softmax(const Tensor& x, const Tensor& ptr, const OptionalTensor& order) {
+  return segments("segment_softmax", x, ptr, order, true);
+}
+
+template <class T>
+Chain<T> chain(const Tensor& t) {
+  return {input<T>(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+Tensor log_scan(const Tensor& t_in, const Tensor& init) {
+  const char* op = "log_scan";
+  check_dim(op, "t", t_in, 4);
+  check_dim(op, "init", init, 3);
+  check_shape(op, "t", t_in, {t_in.size(0), t_in.size(1), t_in.size(2), t_in.size(2)});
+  check_shape(op, "init", init, {t_in.size(0), init.size(1), t_in.size(2)});
+  check_device(op, "init", init, "t", t_in);
+  const DeviceScope scope(t_in);
+  const Tensor t = widened(t_in);
+  const ChainShape s{t.size(0), t.size(1), init.size(1), t.size(2)};
+  const Tensor states =
+      torch::stable::new_empty(t, {s.batch, s.length + 1, s.rows, s.k}, ScalarType::Double);
+  Tensor first = torch::stable::select(states, 1, 0);
+  torch::stable::copy_(first, init);
+  if (states.numel() == 0) return states;
+  with_type(op, t, [&](auto zero) {
+    using T = decltype(zero);
+    auto kernel = scan_kernel<T>;
+    SAPWOOD_LAUNCH(kernel, grid_of(s.batch), kThreads, 0, current_stream(t), chain<T>(t), s,
+                   output<double>(states));
+    SAPWOOD_CUDA_CHECK(cudaGetLastError());
+  });
+  return states;
+}
+
+std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const Tensor& t_in,
+                                             const Tensor& states_in) {
+  const char* op = "log_scan_backward";
+  check_dim(op, "t", t_in, 4);
+  check_dim(op, "states", states_in, 4);
+  check_shape(op, "grad", grad_in, states_in.sizes());
+  check_device(op, "states", states_in, "t", t_in);
+  check_device(op, "grad", grad_in, "t", t_in);
+  const DeviceScope scope(t_in);
+  const Tensor t = widened(t_in);
+  const Tensor states = torch::stable::contiguous(torch::stable::to(states_in, ScalarType::Double));
+  const Tensor grad = torch::stable::contiguous(torch::stable::to(grad_in, ScalarType::Double));
+  const ChainShape s{t.size(0), t.size(1), states.size(2), t.size(2)};
+  check_shape(op, "states", states, {s.batch, s.length + 1, s.rows, s.k});
+  const Tensor dt = torch::stable::new_empty(t, {s.batch, s.length, s.k, s.k});
+  const Tensor dinit = torch::stable::new_empty(states, {s.batch, s.rows, s.k});
+  const Tensor buffers = torch::stable::new_empty(states, {s.batch, 4, s.rows, s.k});
+  if (s.batch > 0) {
+    with_type(op, t, [&](auto zero) {
+      using T = decltype(zero);
+      auto kernel = scan_backward_kernel<T>;
+      SAPWOOD_LAUNCH(kernel, grid_of(s.batch), kThreads, 0, current_stream(t), chain<T>(t), s,
+                     input<double>(states), input<double>(grad), output<double>(buffers),
+                     output<T>(dt), output<double>(dinit));
+      SAPWOOD_CUDA_CHECK(cudaGetLastError());
+    });
+  }
+  const ScalarType type = t_in.scalar_type();
+  return {restored(dt, type), restored(dinit, type)};
+}
+
+}  // namespace
+}  // namespace sapwood::logsemiring::device
+
+SAPWOOD_CUDA_IMPL(m) {
+  namespace ops = sapwood::logsemiring::device;
+  m.impl("log_matmul", TORCH_BOX(&ops::log_matmul));
+  m.impl("log_matmul_backward", TORCH_BOX(&ops::log_matmul_backward));
+  m.impl("log_matmul_double_backward", TORCH_BOX(&ops::log_matmul_double_backward));
+  m.impl("max_matmul", TORCH_BOX(&ops::max_matmul));
+  m.impl("sample_matmul", TORCH_BOX(&ops::sample_matmul));
+  m.impl("segment_logsumexp", TORCH_BOX(&ops::segment_logsumexp));
+  m.impl("segment_softmax", TORCH_BOX(&ops::segment_softmax));
+  m.impl("log_scan", TORCH_BOX(&ops::log_scan));
+  m.impl("log_scan_backward", TORCH_BOX(&ops::log_scan_backward));
+}

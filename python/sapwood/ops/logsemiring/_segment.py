@@ -1,0 +1,151 @@
+"""Log-sum-exp over segments of a dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapwood import _backend, _check
+from sapwood.ops.logsemiring import _sequence_specs
+from sapwood.ops.logsemiring._matmul import floats
+from sapwood.reference import logsemiring as reference
+
+_NAME = "segment_logsumexp"
+_BACKENDS = (
+    _backend.native(_NAME, _sequence_specs.segment_logsumexp),
+    _backend.Backend("reference", lambda *_: None, reference.segment_logsumexp),
+)
+
+
+class SegmentPlan:
+    """Which entry belongs to which segment: sorted and checked once, used often.
+
+    Example::
+
+        plan = sapwood.ops.SegmentPlan(torch.tensor([2, 0, 2]), num_segments=4)
+        y = sapwood.ops.segment_logsumexp(torch.randn(3), plan=plan)   # (4,)
+
+    Args:
+        index: (n,) int64, the segment of each entry, in any order.
+        num_segments: how many there are; default the largest index + 1.
+
+    Raises:
+        ValueError: for an index outside ``[0, num_segments)`` (waits for the device once).
+        TypeError: if ``index`` is not an int64 tensor.
+    """
+
+    def __init__(self, index: Tensor, num_segments: int | None = None) -> None:
+        op = "SegmentPlan"
+        _check.tensor(op, "index", index)
+        _check.dtype(op, "index", index, (torch.int64,))
+        _check.dims(op, "index", index, 1)
+        low, high = (int(v) for v in index.aminmax()) if len(index) else (0, -1)
+        count = high + 1 if num_segments is None else num_segments
+        if low < 0 or high >= count:
+            actual = f"values from {low} to {high}"
+            _check.fail(ValueError, op, "index", f"lie in [0, {count})", actual)
+        in_order = bool((index[1:] >= index[:-1]).all())
+        self.order: Tensor | None = None if in_order else index.argsort(stable=True)
+        lengths = torch.bincount(index, minlength=count)
+        self.ptr = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+    @classmethod
+    def from_ptr(cls, ptr: Tensor) -> SegmentPlan:
+        """A plan for entries in order: segment s holds entries ptr[s] to ptr[s + 1] - 1."""
+        op = "SegmentPlan"
+        _check.tensor(op, "ptr", ptr)
+        _check.dtype(op, "ptr", ptr, (torch.int64,))
+        _check.dims(op, "ptr", ptr, 1)
+        if len(ptr) == 0 or int(ptr[0]) != 0 or bool((ptr.diff() < 0).any()):
+            shown = ptr.tolist() if len(ptr) <= 8 else f"{len(ptr)} numbers that do not"
+            _check.fail(ValueError, op, "ptr", "start at 0 and not decrease", shown)
+        plan = cls.__new__(cls)
+        plan.ptr, plan.order = ptr, None
+        return plan
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.ptr) - 1
+
+    def to(self, device: torch.device | str) -> SegmentPlan:
+        """The plan on another device."""
+        plan = SegmentPlan.__new__(SegmentPlan)
+        plan.ptr = self.ptr.to(device)
+        plan.order = None if self.order is None else self.order.to(device)
+        return plan
+
+
+def _plan(
+    index: Tensor | None, ptr: Tensor | None, plan: SegmentPlan | None, num_segments: int | None
+) -> SegmentPlan:
+    given = [n for n, v in (("index", index), ("ptr", ptr), ("plan", plan)) if v is not None]
+    if len(given) != 1:
+        actual = " and ".join(given) or "none of them"
+        _check.fail(ValueError, _NAME, "exactly one of index, ptr and plan", "be given", actual)
+    if index is not None:
+        return SegmentPlan(index, num_segments)
+    found = plan if plan is not None else SegmentPlan.from_ptr(ptr)  # type: ignore[arg-type]
+    if num_segments is not None and num_segments != found.num_segments:
+        want = f"be {found.num_segments}, as the segments given"
+        _check.fail(ValueError, _NAME, "num_segments", want, num_segments)
+    return found
+
+
+def _explain(x: Tensor, *_: Any, **__: Any) -> _backend.Explanation:
+    return _backend.Explanation(_NAME, _backend.candidates(_BACKENDS, x))
+
+
+@_backend.explainable(_explain)
+def segment_logsumexp(
+    x: Tensor,
+    index: Tensor | None = None,
+    *,
+    ptr: Tensor | None = None,
+    plan: SegmentPlan | None = None,
+    num_segments: int | None = None,
+    dim: int = -1,
+) -> Tensor:
+    """Log-sum-exp over the entries of each segment of a dimension.
+
+    Example::
+
+        x, index = torch.randn(5), torch.tensor([0, 2, 0, 2, 2])
+        y = sapwood.ops.segment_logsumexp(x, index)   # (3,); segment 1 is empty: -inf
+
+    Give exactly one of ``index``, ``ptr`` and ``plan``; a plan saves the sorting in later calls.
+
+    Args:
+        x: (*) floating point.
+        index: (x.size(dim),) int64, the segment of each entry, in any order.
+        ptr: (S + 1,) int64: segment s holds the entries ptr[s] to ptr[s + 1] - 1.
+        plan: a :class:`SegmentPlan`.
+        num_segments: S; default the largest index + 1.
+        dim: the dimension that the segments divide.
+
+    Returns:
+        ``x`` with S in place of the size of ``dim``. An empty segment, or one of -inf only, is -inf
+        with gradient 0; NaN is not hidden.
+
+    Raises:
+        ValueError: for none or several of the three, an index out of range, a ``ptr`` that
+            decreases or does not end at the size of ``dim``.
+        TypeError: for non-tensors and wrong dtypes.
+        RuntimeError: for tensors on different devices.
+    """
+    (x,) = floats(_NAME, x=x)
+    if not -x.dim() <= dim < x.dim():
+        _check.fail(ValueError, _NAME, "dim", f"be in [{-x.dim()}, {x.dim() - 1}]", dim)
+    dim %= x.dim()
+    found = _plan(index, ptr, plan, num_segments)
+    entries = len(found.order) if found.order is not None else int(found.ptr[-1])
+    if entries != x.shape[dim]:
+        want = f"cover x.size({dim}) = {x.shape[dim]} entries"
+        _check.fail(ValueError, _NAME, "index" if index is not None else "ptr", want, entries)
+    _check.same_device(_NAME, x=x, ptr=found.ptr, order=found.order)
+    before, after = x.shape[:dim], x.shape[dim + 1 :]
+    flat = x.reshape(before.numel(), entries, after.numel())
+    run = _backend.choose(_NAME, _BACKENDS, flat).run
+    y: Tensor = run(flat, found.ptr, found.order)
+    return y.reshape(*before, found.num_segments, *after)

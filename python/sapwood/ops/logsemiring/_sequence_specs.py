@@ -1,0 +1,129 @@
+"""Declarations of the ops over segments and sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapwood._register import OpSpec, define_op, loop_over_batch
+from sapwood.ops.logsemiring._specs import FAMILY, _fold, _through, _unfold, _vmap_batched
+from sapwood.reference import logsemiring as reference
+
+# segments: x (O, n, I), ptr (S + 1,), order (n,) or None ------------------------------------------
+
+
+def _fake_values(x: Tensor, ptr: Tensor, order: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], ptr.shape[0] - 1, x.shape[2])
+
+
+def _fake_weights(x: Tensor, ptr: Tensor, order: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_values(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    x, ptr, order = ctx.saved_tensors
+    ids = reference.segment_ids(ptr, order, x.shape[1])
+    return grad.index_select(1, ids) * segment_softmax(x, ptr, order), None, None
+
+
+def _setup_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output, *inputs[1:])
+
+
+def _backward_weights(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    """p (g - sum of p g over the segment)."""
+    p, ptr, order = ctx.saved_tensors
+    ids = reference.segment_ids(ptr, order, p.shape[1])
+    shape = (p.shape[0], ptr.shape[0] - 1, p.shape[2])
+    mean = grad.new_zeros(shape).index_add(1, ids, p * grad)
+    return p * (grad - mean.index_select(1, ids)), None, None
+
+
+def _vmap_segments(
+    call: Callable[..., Tensor], info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Tensor, int]:
+    if in_dims[1] is not None or in_dims[2] is not None or info.batch_size == 0:
+        return loop_over_batch(call, info, in_dims, *args)  # type: ignore[no-any-return]
+    x, ptr, order = args
+    return _unfold(call(_fold(x, in_dims[0], info.batch_size), ptr, order), info.batch_size), 0
+
+
+segment_softmax = define_op(
+    OpSpec(
+        "segment_softmax",
+        FAMILY,
+        fake=_fake_weights,
+        reference=reference.segment_softmax,
+        vmap=_vmap_segments,
+        setup=_setup_weights,
+        backward=_backward_weights,
+    )
+)
+segment_logsumexp = define_op(
+    OpSpec(
+        "segment_logsumexp",
+        FAMILY,
+        fake=_fake_values,
+        reference=reference.segment_logsumexp,
+        vmap=_vmap_segments,
+        setup=_setup_values,
+        backward=_backward_values,
+    )
+)
+
+# log_scan: t (B, L, k, k), init (B, R, k), states (B, L + 1, R, k) --------------------------------
+
+
+def _fake_scan(t: Tensor, init: Tensor) -> Tensor:
+    shape = (t.shape[0], t.shape[1] + 1, init.shape[1], t.shape[2])
+    return t.new_empty(shape, dtype=torch.float64)
+
+
+def _setup_scan(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _backward_scan(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    t, states = ctx.saved_tensors
+    dt, dinit = log_scan_backward(grad, t, states)
+    return dt, dinit
+
+
+def _fake_scan_backward(grad: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    rows, k = states.shape[2:]
+    return t.new_empty(t.shape), t.new_empty(t.shape[0], rows, k)
+
+
+def _setup_scan_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+log_scan_backward = define_op(
+    OpSpec(
+        "log_scan_backward",
+        FAMILY,
+        fake=_fake_scan_backward,
+        reference=reference.log_scan_backward,
+        vmap=_vmap_batched,
+        setup=_setup_scan_backward,
+        backward=_through(reference.log_scan_backward),
+    )
+)
+log_scan = define_op(
+    OpSpec(
+        "log_scan",
+        FAMILY,
+        fake=_fake_scan,
+        reference=reference.log_scan,
+        vmap=_vmap_batched,
+        setup=_setup_scan,
+        backward=_backward_scan,
+    )
+)

@@ -1,0 +1,176 @@
+"""The log semiring in plain torch: sums are logsumexp, products are sums, zero is -inf.
+
+Every function has the signature of the op of the same name in ``csrc/schema.cpp``. One policy for
+the infinities, in values and in derivatives of any order:
+
+    -inf among finite terms   ignored; its gradient is 0
+    all terms -inf, or none   -inf; all gradients are 0
+    some term +inf            +inf; the gradient is shared by the +inf terms
+    any NaN                   NaN; all gradients are NaN
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 32) - 1
+
+
+def logsumexp(x: Tensor, dim: int) -> Tensor:
+    """log sum exp(x) over one dimension, with the policy above."""
+    if x.shape[dim] == 0:
+        return x.sum(dim) - math.inf
+    top = x.detach().amax(dim, keepdim=True)  # NaN where any term is
+    infinite = top == math.inf
+    shift = torch.where(top.isfinite(), top, 0.0)
+    total = torch.where(infinite, 0.0, x - shift).exp().sum(dim, keepdim=True)
+    empty = total == 0
+    finite = torch.where(empty, -math.inf, torch.where(empty, 1.0, total).log() + shift)
+    share = x == math.inf
+    shared = torch.where(share, x, 0.0).sum(dim, keepdim=True) / share.sum(dim, keepdim=True)
+    return torch.where(infinite, shared, finite).squeeze(dim)
+
+
+def softmax(x: Tensor, dim: int) -> Tensor:
+    """exp(x) / sum exp(x), with the policy above: the gradient of :func:`logsumexp`."""
+    if x.shape[dim] == 0:
+        return x * 0.0
+    total = logsumexp(x, dim).unsqueeze(dim)
+    finite = total.isfinite() | total.isnan()
+    weights = torch.where(finite, x - torch.where(finite, total, 0.0), -math.inf).exp()
+    share = (x == math.inf).to(x.dtype)
+    return torch.where(total == math.inf, share / share.sum(dim, keepdim=True), weights)
+
+
+def _terms(a: Tensor, b: Tensor) -> Tensor:  # (B, M, K), (B, K, N) -> (B, M, K, N)
+    return a[..., None] + b[:, None]
+
+
+def log_matmul(a: Tensor, b: Tensor, exact: bool) -> Tensor:  # (B, M, N)
+    """c_ij = log sum_k exp(a_ik + b_kj)."""
+    return logsumexp(_terms(a, b), 2)
+
+
+def log_matmul_backward(
+    grad: Tensor, a: Tensor, b: Tensor, exact: bool, need_a: bool, need_b: bool
+) -> tuple[Tensor, Tensor]:
+    """da_ik = sum_j g_ij p_ikj, db_kj = sum_i g_ij p_ikj, with p the softmax over k."""
+    weighted = grad[:, :, None] * softmax(_terms(a, b), 2)
+    none = grad.new_empty(0)
+    return weighted.sum(3) if need_a else none, weighted.sum(1) if need_b else none
+
+
+def log_matmul_double_backward(
+    grad: Tensor, a: Tensor, b: Tensor, tangent_a: Tensor, tangent_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivative of <tangent_a, da> + <tangent_b, db> in grad, a and b."""
+    p, tangent = softmax(_terms(a, b), 2), _terms(tangent_a, tangent_b)
+    mean = (p * tangent).sum(2)  # (B, M, N)
+    weighted = grad[:, :, None] * p * (tangent - mean[:, :, None])
+    return mean, weighted.sum(3), weighted.sum(1)
+
+
+def max_matmul(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """max_k (a_ik + b_kj) and the lowest k that attains it; -1 where that is -inf."""
+    wide = a.dtype if a.dtype == torch.float64 else torch.float32
+    terms = _terms(a.to(wide), b.to(wide))
+    if a.shape[2] == 0:
+        values = (terms.sum(2) - math.inf).to(a.dtype)
+        return values, torch.full_like(values, -1, dtype=torch.long)
+    top = terms.amax(2, keepdim=True)
+    hit = torch.where(top.isnan(), terms.isnan(), terms == top)
+    index = hit.to(torch.uint8).argmax(2)  # the first one
+    values = terms.gather(2, index[:, :, None]).squeeze(2)
+    return values.to(a.dtype), torch.where(values == -math.inf, -1, index)
+
+
+def sample_matmul(a: Tensor, b: Tensor, num_samples: int, seed: int) -> Tensor:
+    """argmax_k (a_ik + b_kj + Gumbel noise) with Philox noise: an exact draw from the softmax."""
+    terms = _terms(a.double(), b.double())
+    (batch, m, k), n = a.shape, b.shape[2]
+    flat = torch.arange(num_samples * batch, device=a.device).view(num_samples, batch, 1, 1, 1)
+    counter = [torch.arange(size, device=a.device) for size in (m, k, n)]
+    noise = _gumbel(
+        _philox(seed, counter[1][:, None], counter[2], counter[0][:, None, None], flat)
+    )  # (S, B, M, K, N)
+    if k == 0:
+        return torch.full((num_samples, batch, m, n), -1, device=a.device)
+    scores = torch.where(terms > -math.inf, terms + noise, -math.inf)
+    best, index = scores.max(3)
+    return torch.where(best == -math.inf, -1, index)
+
+
+def _philox(key: int, *counter: Tensor) -> Tensor:
+    c0, c1, c2, c3 = (t for t in torch.broadcast_tensors(*counter))
+    k0, k1 = key & _MASK, (key >> 32) & _MASK
+    for _ in range(10):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high1, low1 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    bits: Tensor = c0
+    return bits
+
+
+def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low half of a 64-bit product of 32-bit numbers, in signed 64-bit arithmetic."""
+    low, high = (constant & 0xFFFF) * x, (constant >> 16) * x  # 48 bits each
+    high = high + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    uniform = (bits.double() + 0.5) * 2.0**-32
+    return -(-torch.log1p(-uniform)).log()
+
+
+def segment_ids(ptr: Tensor, order: Tensor | None, entries: int) -> Tensor:  # (n,)
+    """The segment of every entry."""
+    numbers = torch.arange(len(ptr) - 1, device=ptr.device)
+    ids = numbers.repeat_interleave(ptr.diff(), output_size=entries)
+    return ids if order is None else torch.empty_like(ids).scatter(0, order, ids)
+
+
+def _split(x: Tensor, ptr: Tensor, order: Tensor | None) -> tuple[Tensor, ...]:
+    sorted_x = x if order is None else x.index_select(1, order)
+    parts: tuple[Tensor, ...] = sorted_x.split(ptr.diff().tolist(), 1)
+    return parts
+
+
+def segment_logsumexp(x: Tensor, ptr: Tensor, order: Tensor | None) -> Tensor:
+    """logsumexp over the segments of dimension 1: (O, n, I) -> (O, S, I)."""
+    parts = [logsumexp(part, 1) for part in _split(x, ptr, order)]
+    return torch.stack(parts, 1) if parts else x.new_empty(x.shape[0], 0, x.shape[2])
+
+
+def segment_softmax(x: Tensor, ptr: Tensor, order: Tensor | None) -> Tensor:
+    """softmax within the segments of dimension 1: (O, n, I) -> (O, n, I)."""
+    parts = [softmax(part, 1) for part in _split(x, ptr, order)]
+    if not parts:
+        return x.clone()
+    p = torch.cat(parts, 1)
+    return p if order is None else p.index_select(1, order.argsort())
+
+
+def log_scan(t: Tensor, init: Tensor) -> Tensor:
+    """u_0 = init, u_{l+1,j} = log sum_i exp(u_li + t_lij): (B, L + 1, R, k) in float64."""
+    states = [init.double()]
+    for step in t.double().unbind(1):  # (B, k, k)
+        states.append(log_matmul(states[-1], step, True))
+    return torch.stack(states, 1)
+
+
+def log_scan_backward(grad: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of t (B, L, k, k) and init (B, R, k) given those of all states."""
+    wide, states, grad = t.double(), states.double(), grad.double()
+    g = grad[:, -1]
+    steps: list[Tensor] = []
+    for i in range(t.shape[1] - 1, -1, -1):
+        before, step = log_matmul_backward(g, states[:, i], wide[:, i], True, True, True)
+        steps.append(step)
+        g = grad[:, i] + before
+    dt = torch.stack(steps[::-1], 1) if steps else torch.zeros_like(wide)
+    return dt.to(t.dtype), g.to(t.dtype)
