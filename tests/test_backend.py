@@ -45,7 +45,7 @@ def test_explain_packed_linear_gives_every_format_a_line() -> None:
 
 
 def test_explain_refuses_what_is_not_an_op() -> None:
-    with pytest.raises(ValueError, match=r"sapwood\.explain: op must be one of masked_matmul, "):
+    with pytest.raises(ValueError, match=r"sapwood\.explain: op must be one of .*masked_matmul, "):
         sapwood.explain(len, 3)
 
 

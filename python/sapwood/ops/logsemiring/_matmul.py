@@ -16,7 +16,19 @@ _METHODS = ("auto", "exact")
 
 
 class MaxMatmul(NamedTuple):
-    """What :func:`max_matmul` returns."""
+    """What :func:`max_matmul` returns.
+
+    Example:
+        >>> import torch
+        >>> from sapwood.ops import max_matmul
+        >>> best = max_matmul(torch.tensor([[0.0, 2.0]]), torch.tensor([[5.0], [4.0]]))
+        >>> best.values, best.indices
+        (tensor([[6.]]), tensor([[1]]))
+
+    Args:
+        values: (*, M, N), the largest ``a + b``.
+        indices: (*, M, N) int64, where it lies along K.
+    """
 
     values: Tensor
     indices: Tensor
