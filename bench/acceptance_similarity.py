@@ -11,6 +11,7 @@ that exists already; the target is meant against the first, the second is report
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import subprocess
@@ -29,6 +30,10 @@ from sapwood._measure import machine_name
 
 N, D, THRESHOLD = 20_000, 256, 0.9
 PLANTED = 2_000
+PROBES, UNITS = 4096, 300  # activations of a layer: its units are the columns
+GROUPS_OF_COPIES = 50
+
+Inputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def pairs(rounds: int) -> Iterator[Point]:
 def memory(rounds: int) -> Iterator[Point]:
     """Specification 10 and 12: memory beyond inputs and results."""
     for name in ("pairs", "topk"):
-        yield Point(f"10 extra memory, {name}", 64.0, in_child(name, N), " MB")
+        yield Point(f"10 extra memory, {name}", 64.0, peak_in_child(name, N, D).extra, " MB")
 
 
 def dense(rounds: int) -> Iterator[Point]:
@@ -125,7 +130,7 @@ def dense(rounds: int) -> Iterator[Point]:
     n = 8000
     x = rows_of(n, D)
     unit = torch.nn.functional.normalize(x)
-    threshold = float(torch.quantile((unit[:1000] @ unit[1000:2000].T).flatten(), 0.95))
+    threshold = dense_threshold(x)
     times = fastest(
         {
             "sapwood": lambda: sapwood.ops.similarity_pairs(x, threshold=threshold),
@@ -134,6 +139,10 @@ def dense(rounds: int) -> Iterator[Point]:
         rounds,
     )
     yield Point("11 5 % of the pairs, time / full", 1.0, times["sapwood"] / times["full"])
+    count = len(sapwood.ops.similarity_pairs(x, threshold=threshold))
+    bytes_each = peak_in_child("dense", n, D).total * 1e6 / count
+    note = f"{count} pairs, 20 bytes of each are the result; nothing taken off"
+    yield Point("11 bytes per reported pair", 30 + 64e6 / count, bytes_each, " B", note)
 
 
 def topk(rounds: int) -> Iterator[Point]:
@@ -166,7 +175,7 @@ def scale(rounds: int) -> Iterator[Point]:
     start = time.perf_counter()
     sapwood.ops.similarity_topk(x, 10)
     seconds = time.perf_counter() - start
-    extra = in_child("topk", 100_000)
+    extra = peak_in_child("topk", 100_000, D).extra
     yield Point("issue 1: top 10 of 100 000, extra memory", 512.0, extra, " MB", f"{seconds:.0f} s")
 
 
@@ -183,6 +192,10 @@ def matrices(rounds: int) -> Iterator[Point]:
             {"sapwood": lambda x=x: sapwood.ops.similarity_matrix(x), "plain": plain}, 40 * rounds
         )
         yield Point(f"13 matrix of {n} rows", 1.05, times["sapwood"] / times["plain"])
+    megabytes = PROBES * UNITS * 4 / 1e6
+    extra = peak_in_child("transposed", PROBES, UNITS).extra
+    note = f"{extra:.1f} MB for {megabytes:.1f} MB of input, {PROBES} x {UNITS}"
+    yield Point("13 transposed correlation, memory", 1.0, extra / megabytes, "x", note)
 
 
 def cka(rounds: int) -> Iterator[Point]:
@@ -196,6 +209,9 @@ def cka(rounds: int) -> Iterator[Point]:
         rounds,
     )
     yield Point("14 linear_cka / three products", 1.3, times["sapwood"] / times["products"])
+    peak = peak_in_child("cka", 50_000, 512)
+    note = "N x N has 10 000 MB"
+    yield Point("14 linear_cka, extra memory", 64.0, peak.extra, " MB", note)
 
 
 def clusters(rounds: int) -> Iterator[Point]:
@@ -209,33 +225,89 @@ def clusters(rounds: int) -> Iterator[Point]:
         rounds,
     )
     yield Point("15 clusters / pairs, 50 000 rows", 1.1, times["clusters"] / times["pairs"])
+    sizes = (25_000, 50_000, 100_000)
+    extras = [peak_in_child("clusters", n, 128).extra for n in sizes]
+    edges = [n * (n // GROUPS_OF_COPIES - 1) // 2 for n in sizes]
+    for at in (1, 2):
+        note = f"{extras[at]:.1f} MB at {sizes[at]} rows with {edges[at] / 1e6:.0f} million edges"
+        growth = extras[at] / extras[at - 1]
+        yield Point("15 clusters, memory of twice the rows", 2.1, growth, "x", note)
 
 
-CHILDREN: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
-    "pairs": lambda x: tuple(sapwood.ops.similarity_pairs(x, threshold=THRESHOLD)),
-    "topk": lambda x: sapwood.ops.similarity_topk(x, 10),
+def copies_of(n: int, d: int) -> Tensor:
+    """Few distinct rows, each many times: the edges among them grow with the square of n."""
+    return rows_of(GROUPS_OF_COPIES, d, 0).repeat(n // GROUPS_OF_COPIES, 1)
+
+
+def dense_threshold(x: Tensor) -> float:
+    """What 5 % of the pairs reach."""
+    unit = torch.nn.functional.normalize(x[:2000])
+    return float(torch.quantile((unit[:1000] @ unit[1000:].T).flatten(), 0.95))
+
+
+#: Inputs of n rows and d columns, and the call whose memory is measured.
+CHILDREN: dict[str, tuple[Callable[[int, int], Inputs], Callable[[Inputs], Sequence[Tensor]]]] = {
+    "pairs": (
+        lambda n, d: (rows_of(n, d),),
+        lambda x: tuple(sapwood.ops.similarity_pairs(*x, threshold=THRESHOLD)),
+    ),
+    "topk": (lambda n, d: (rows_of(n, d),), lambda x: sapwood.ops.similarity_topk(*x, 10)),
+    "dense": (
+        lambda n, d: (x := rows_of(n, d), torch.tensor(dense_threshold(x))),
+        lambda x: tuple(sapwood.ops.similarity_pairs(x[0], threshold=float(x[1]))),
+    ),
+    "transposed": (
+        lambda n, d: (rows_of(n, d),),
+        lambda x: (sapwood.ops.similarity_matrix(x[0].T, kind="correlation"),),
+    ),
+    "cka": (
+        lambda n, d: (torch.randn(n, d), torch.randn(n, d)),
+        lambda x: (sapwood.ops.linear_cka(*x),),
+    ),
+    "clusters": (
+        lambda n, d: (copies_of(n, d),),
+        lambda x: (sapwood.ops.similarity_clusters(*x, threshold=THRESHOLD),),
+    ),
 }
 
 
-def in_child(name: str, n: int) -> float:
-    """Peak memory of a call in MB, beyond the inputs and the results, of a process of its own."""
-    command = (sys.executable, __file__, "--child", name, str(n), str(torch.get_num_threads()))
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+@dataclass(frozen=True)
+class Peak:
+    """Megabytes by which a call raised the peak of its process: in all, and beyond the results."""
+
+    total: float
+    extra: float
 
 
-def measure_child(name: str, n: int) -> float:
-    CHILDREN[name](rows_of(1000, D))  # threads and libraries exist
-    x = rows_of(n, D)
+def peak_in_child(name: str, n: int, d: int) -> Peak:
+    """Peak memory of a call beyond its inputs, in a process of its own."""
+    child = (name, str(n), str(d), str(torch.get_num_threads()))
+    command = (sys.executable, __file__, "--child", *child)
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return Peak(**json.loads(output))
+
+
+def measure_child(name: str, n: int, d: int) -> Peak:
+    build, call = CHILDREN[name]
+    call(build(2000, d))  # threads and libraries exist
+    inputs = build(n, d)
     status = Path("/proc/self/status")
 
     def kib(field: str) -> int:
         lines = status.read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
+    give_back_free_memory()
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present size
     before = kib("VmRSS")
-    results = CHILDREN[name](x)
-    return (kib("VmHWM") - before) * 1024 / 1e6 - sum(t.nbytes for t in results) / 1e6
+    results = call(inputs)
+    total = (kib("VmHWM") - before) * 1024 / 1e6
+    return Peak(total, total - sum(t.nbytes for t in results) / 1e6)
+
+
+def give_back_free_memory() -> None:
+    """Frees what the allocator keeps, or the call would seem to need less than it does."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 GROUPS: dict[str, Callable[[int], Iterator[Point]]] = {
@@ -264,12 +336,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--only", nargs="*", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
-        name, n, threads = options.child
+        name, n, d, threads = options.child
         torch.set_num_threads(int(threads))
-        print(measure_child(name, int(n)))
+        print(json.dumps(asdict(measure_child(name, int(n), int(d)))))
         return 0
     torch.set_num_threads(options.threads)
     print(f"{machine_name()}, torch {torch.__version__}, commit {history.commit()}")

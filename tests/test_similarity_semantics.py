@@ -158,18 +158,20 @@ def test_thresholds_closer_to_one_than_float32_can_tell() -> None:
 # pairs --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 255, 256, 257])
-@pytest.mark.parametrize("k", [1, 2, 7, 64])
-def test_pairs_at_awkward_sizes(n: int, k: int) -> None:
+@pytest.mark.parametrize("n", [0, 1, 2, 255, 256, 257, 3000])
+@pytest.mark.parametrize("k", [1, 2, 7, 64, 300])
+@pytest.mark.parametrize("absolute", [False, True], ids=["signed", "absolute"])
+def test_pairs_at_awkward_sizes(n: int, k: int, absolute: bool) -> None:
     x = rows(n, k)
     s = reference.similarity_matrix(x.double(), x.double(), "cosine", False)
+    key = s.abs() if absolute else s
     for threshold in (-1.0, 0.0, 0.5, 0.9, 1.0):
-        row, col, value = ops.similarity_pairs(x, threshold=threshold)
+        row, col, value = ops.similarity_pairs(x, threshold=threshold, absolute=absolute)
         got = torch.zeros_like(s, dtype=torch.bool)
         got[row, col] = True
         assert len(row) == int(got.sum()), "a pair is reported twice"
-        unsure = (s - threshold).abs() <= 1e-12
-        assert not bool((((s >= threshold).triu(1) != got) & ~unsure.triu(1)).any())
+        unsure = (key - threshold).abs() <= 1e-12
+        assert not bool((((key >= threshold).triu(1) != got) & ~unsure.triu(1)).any())
         assert not len(value) or float((value.double() - s[row, col]).abs().max()) <= 2e-6
 
 

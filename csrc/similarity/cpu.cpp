@@ -46,18 +46,26 @@ Tensor row_normalize(const Tensor& x_in, const std::string& kind_name) {
   const Kind kind = parse_unit_kind("row_normalize", kind_name);
   check_rows("row_normalize", "x", x_in);
   const Tensor x = contiguous_as(x_in, compute_type(x_in));
-  const Tensor out = torch::stable::new_empty(x, x.sizes());
+  // A copy that was made for the kernel is overwritten: one copy of the input is enough.
+  const bool own = x.const_data_ptr() != x_in.const_data_ptr();
+  const Tensor out = own ? x : torch::stable::new_empty(x, x.sizes());
   const int64_t n = x.size(0), k = x.size(1);
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const T* from = data<T>(x);
     T* to = mutable_data<T>(out);
     parallel_range(n, 1 + 32768 / std::max<int64_t>(1, k), [&](int64_t begin, int64_t end) {
+      std::vector<T> copy(static_cast<size_t>(own ? k : 0));
       for (int64_t i = begin; i < end; ++i) {
         Row row;
         double squares = 0;
-        SAPWOOD_ISA_CALL(describe_row(from + i * k, k, kind, 1.0, row, squares));
-        SAPWOOD_ISA_CALL(normalize_row(from + i * k, to + i * k, k, row, nullptr));
+        const T* entries = from + i * k;
+        if (own) {
+          std::copy(entries, entries + k, copy.begin());
+          entries = copy.data();
+        }
+        SAPWOOD_ISA_CALL(describe_row(entries, k, kind, 1.0, row, squares));
+        SAPWOOD_ISA_CALL(normalize_row(entries, to + i * k, k, row, nullptr));
       }
     });
   });

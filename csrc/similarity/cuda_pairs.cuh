@@ -7,7 +7,18 @@
 
 namespace sapwood::similarity::device {
 
-// keys (capacity,) row * M + column; counts (N,) pairs of each row; found () pairs of rows < row_limit.
+// A pair as one number that sorts by row, then by column; N and M are below 2^31, so 63 bits hold it.
+SAPWOOD_HD inline int64_t key_of(int64_t row, int64_t column, int64_t columns) {
+  return row * columns + column;
+}
+SAPWOOD_HD inline int64_t row_of(int64_t key, int64_t columns) {
+  return key / columns;
+}
+SAPWOOD_HD inline int64_t column_of(int64_t key, int64_t columns) {
+  return key % columns;
+}
+
+// keys (capacity,) see key_of; counts (N,) pairs of each row; found () pairs of rows < row_limit.
 template <class T>
 struct PairSink {
   int64_t* keys;
@@ -38,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
       atomicAdd(sink.counts + i, 1ull);
       const auto slot = static_cast<int64_t>(atomicAdd(sink.found, 1ull));
       if (slot >= sink.capacity) return;
-      sink.keys[slot] = i * s.y.n + j;
+      sink.keys[slot] = key_of(i, j, s.y.n);
       sink.values[slot] = static_cast<T>(value);
     });
   }
@@ -67,8 +78,8 @@ static __global__ void __launch_bounds__(kThreads)
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; e < count;
        e += step) {
-    row[e] = keys[e] / columns;
-    col[e] = keys[e] % columns;
+    row[e] = row_of(keys[e], columns);
+    col[e] = column_of(keys[e], columns);
   }
 }
 
@@ -159,12 +170,16 @@ inline void launch_split(const int64_t* keys, int64_t count, int64_t columns, in
   SAPWOOD_CUDA_CHECK(cudaGetLastError());
 }
 
+inline void launch_parents(int32_t* parent, int64_t n, Stream stream) {
+  auto kernel = parents_kernel;
+  SAPWOOD_LAUNCH(kernel, grid_of(n, kThreads), kThreads, 0, stream, parent, n);
+  SAPWOOD_CUDA_CHECK(cudaGetLastError());
+}
+
 template <class T>
 void launch_clusters(const Search<T>& s, double threshold, int32_t* parent, Stream stream) {
   if (s.x.n == 0) return;
-  auto start = parents_kernel;
-  SAPWOOD_LAUNCH(start, grid_of(s.x.n, kThreads), kThreads, 0, stream, parent, s.x.n);
-  SAPWOOD_CUDA_CHECK(cudaGetLastError());
+  launch_parents(parent, s.x.n, stream);
   auto kernel = clusters_kernel<T>;
   SAPWOOD_LAUNCH(kernel, grid_of(Tiles::of(s).count(), 1), kThreads, 0, stream, s, threshold,
                  parent);

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from sapwood.triton_kernels._similarity_kernels import candidates_kernel
 
 from sapwood.ops.similarity import _triton
 from tests.emulation import similarity_checks as checks
@@ -52,3 +53,17 @@ def test_products_alone() -> None:
     s = checks.exact(x, None, "cosine")
     assert torch.equal(torch.stack([row, col], 1), (s >= 0.3).triu(1).nonzero())
     torch.testing.assert_close(value.double(), s[row, col], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [2**26, 2**31 - 1])
+def test_keys_beyond_32_bits(columns: int) -> None:
+    """The first tile of a wide problem: only the candidates it reads exist."""
+    x = torch.ones(64, 2)
+    keys, found = torch.zeros(64 * 16, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    sizes = (64, columns, 2, len(keys), 1.0)
+    tile = {"BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_K": 16}
+    flags = {"SELF": False, "INCLUDE_SELF": False, "ABSOLUTE": False}
+    candidates_kernel[(1,)](x, x, keys, found, *sizes, **flags, **tile)
+    rows = torch.arange(64)[:, None]
+    assert torch.equal(keys.sort().values, (rows * columns + torch.arange(16)).flatten())
+    assert int(found) == len(keys)
