@@ -28,9 +28,21 @@ def _setup_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_values(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    x, ptr, order = ctx.saved_tensors
+    return segment_logsumexp_backward(grad, *ctx.saved_tensors), None, None
+
+
+def _fake_shares(grad: Tensor, x: Tensor, ptr: Tensor, order: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _backward_shares(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    """With p the softmax: the mean of the tangent, and g p (tangent - mean)."""
+    grad, x, ptr, order = ctx.saved_tensors
     ids = reference.segment_ids(ptr, order, x.shape[1])
-    return grad.index_select(1, ids) * segment_softmax(x, ptr, order), None, None
+    p = segment_softmax(x, ptr, order)
+    mean = torch.zeros_like(grad).index_add(1, ids, p * tangent)
+    weighted = grad.index_select(1, ids) * p
+    return mean, weighted * (tangent - mean.index_select(1, ids)), None, None
 
 
 def _setup_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -44,6 +56,15 @@ def _backward_weights(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     shape = (p.shape[0], ptr.shape[0] - 1, p.shape[2])
     mean = grad.new_zeros(shape).index_add(1, ids, p * grad)
     return p * (grad - mean.index_select(1, ids)), None, None
+
+
+def _vmap_shares(
+    call: Callable[..., Tensor], info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Tensor, int]:
+    if in_dims[2] is not None or in_dims[3] is not None or info.batch_size == 0:
+        return loop_over_batch(call, info, in_dims, *args)  # type: ignore[no-any-return]
+    grad, x = (_fold(a, d, info.batch_size) for a, d in zip(args[:2], in_dims[:2], strict=True))
+    return _unfold(call(grad, x, *args[2:]), info.batch_size), 0
 
 
 def _vmap_segments(
@@ -64,6 +85,17 @@ segment_softmax = define_op(
         vmap=_vmap_segments,
         setup=_setup_weights,
         backward=_backward_weights,
+    )
+)
+segment_logsumexp_backward = define_op(
+    OpSpec(
+        "segment_logsumexp_backward",
+        FAMILY,
+        fake=_fake_shares,
+        reference=reference.segment_logsumexp_backward,
+        vmap=_vmap_shares,
+        setup=_setup_values,
+        backward=_backward_shares,
     )
 )
 segment_logsumexp = define_op(
