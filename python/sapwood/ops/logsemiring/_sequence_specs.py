@@ -15,6 +15,17 @@ from sapwood.reference import logsemiring as reference
 # segments: x (O, n, I), ptr (S + 1,), order (n,) or None ------------------------------------------
 
 
+def _sums(x: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Sums over segments, (O, n, I) -> (O, S, I): torch is fast at index_add of vectors only."""
+    outer, _, inner = x.shape
+    at = ids
+    if outer != 1 or inner != 1:
+        blocks = torch.arange(outer, device=ids.device)[:, None, None] * count + ids[:, None]
+        at = (blocks * inner + torch.arange(inner, device=ids.device)).flatten()
+    total = x.new_zeros(outer * count * inner).index_add(0, at, x.flatten())
+    return total.view(outer, count, inner)
+
+
 def _fake_values(x: Tensor, ptr: Tensor, order: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], ptr.shape[0] - 1, x.shape[2])
 
@@ -40,7 +51,7 @@ def _backward_shares(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor, None, N
     grad, x, ptr, order = ctx.saved_tensors
     ids = reference.segment_ids(ptr, order, x.shape[1])
     p = segment_softmax(x, ptr, order)
-    mean = torch.zeros_like(grad).index_add(1, ids, p * tangent)
+    mean = _sums(p * tangent, ids, ptr.shape[0] - 1)
     weighted = grad.index_select(1, ids) * p
     return mean, weighted * (tangent - mean.index_select(1, ids)), None, None
 
@@ -53,8 +64,7 @@ def _backward_weights(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     """p (g - sum of p g over the segment)."""
     p, ptr, order = ctx.saved_tensors
     ids = reference.segment_ids(ptr, order, p.shape[1])
-    shape = (p.shape[0], ptr.shape[0] - 1, p.shape[2])
-    mean = grad.new_zeros(shape).index_add(1, ids, p * grad)
+    mean = _sums(p * grad, ids, ptr.shape[0] - 1)
     return p * (grad - mean.index_select(1, ids)), None, None
 
 
