@@ -22,6 +22,8 @@ SAPWOOD_LIBRARY(m) {
   m.def("max_matmul(Tensor a, Tensor b) -> (Tensor values, Tensor indices)");
   m.def("sample_matmul(Tensor a, Tensor b, int num_samples, int seed) -> Tensor");
   m.def("segment_logsumexp(Tensor x, Tensor ptr, Tensor? order) -> Tensor");
+  m.def(
+      "segment_logsumexp_backward(Tensor grad, Tensor x, Tensor ptr, Tensor? order) -> Tensor");
   m.def("segment_softmax(Tensor x, Tensor ptr, Tensor? order) -> Tensor");
   m.def("log_scan(Tensor t, Tensor init) -> Tensor");
   m.def("log_scan_backward(Tensor grad, Tensor t, Tensor states) -> (Tensor, Tensor)");

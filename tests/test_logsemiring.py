@@ -177,6 +177,30 @@ class TestSegmentLogsumexp(LogBattery, DifferentiableBattery):
         return max(8, int(args[0].shape[1]))
 
 
+def segment_backward(n: int, count: int, *rest: Any) -> tuple[Any, ...]:
+    x, ptr, order = segments(n, count, *rest)
+    return normal(x.shape[0], count, x.shape[2]), x, ptr, order
+
+
+class TestSegmentLogsumexpBackward(DifferentiableBattery):
+    name = "segment_logsumexp_backward"
+    vmappable = (0, 1)
+    samples = (
+        Sample("main", segment_backward(7, 3, 2, 2, False), (0, 1), MAIN),
+        Sample("ordered", segment_backward(6, 2, 1, 3, True), (0, 1)),
+        Sample("no entries", (normal(2, 0, 2), *SEGMENTS[2].args)),
+        Sample("wide", segment_backward(50, 7, 2, 130, False)),
+        Sample("long", segment_backward(5000, 3, 1, 1, True)),
+        Sample("one column", segment_backward(500, 7, 2, 1, False)),
+    )
+
+    def reduction(self, args: tuple[Any, ...]) -> int:
+        return max(8, int(args[1].shape[1]))
+
+    def magnitude(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        return outputs(self.reference(args[0].abs(), *args[1:]))
+
+
 class TestSegmentSoftmax(DifferentiableBattery):
     name = "segment_softmax"
     vmappable = (0,)
@@ -189,7 +213,8 @@ class TestSegmentSoftmax(DifferentiableBattery):
         return outputs(self.reference(*args))
 
 
-CHAINS = [(2, 3, 2, 2), (1, 0, 3, 1), (0, 2, 2, 2), (2, 40, 5, 1)]  # B, L, k, R
+# B, L, k, R: chains alone, some and more than one kernel takes side by side, and a large matrix
+CHAINS = [(2, 3, 2, 2), (1, 0, 3, 1), (0, 2, 2, 2), (2, 40, 5, 1), (9, 20, 3, 2), (2, 2, 33, 1)]
 
 
 def chain(size: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,28 @@
 
 namespace sapwood::logsemiring {
 
-// The k x k matrix of one step in double, transposed: out[j * k + i] = T[i, j].
+// t (B, L, k, k) of any strides; asking a tensor for one costs a call.
 template <class T>
-void widen_step(const Tensor& t, int64_t batch, int64_t step, int64_t k, double* out) {
-  const T* from = data<T>(t) + batch * t.stride(0) + step * t.stride(1);
+struct Chains {
+  const T* data;
+  int64_t batch, step, row, col;
+
+  explicit Chains(const Tensor& t)
+      : data(logsemiring::data<T>(t)),
+        batch(t.stride(0)),
+        step(t.stride(1)),
+        row(t.stride(2)),
+        col(t.stride(3)) {}
+};
+
+// The k x k matrix of one step in double, transposed: out[(j * k + i) * pitch] = T[i, j].
+template <class T>
+void widen_step(const Chains<T>& t, int64_t batch, int64_t step, int64_t k, int64_t pitch,
+                double* out) {
+  const T* from = t.data + batch * t.batch + step * t.step;
   for (int64_t i = 0; i < k; ++i) {
     for (int64_t j = 0; j < k; ++j) {
-      out[j * k + i] = static_cast<double>(from[i * t.stride(2) + j * t.stride(3)]);
+      out[(j * k + i) * pitch] = static_cast<double>(from[i * t.row + j * t.col]);
     }
   }
 }
@@ -62,30 +77,156 @@ inline void check_scan(const char* op, const Tensor& t, const Tensor& init) {
   check_like(op, "init", init, t);
 }
 
+struct ChainSizes {
+  int64_t batch, steps, rows, k;
+
+  int64_t width() const { return rows * k; }
+  int64_t chunks() const { return round_up(batch, kChains) / kChains; }
+  int64_t grain() const {  // chunks
+    return std::max<int64_t>(1, 1024 / std::max<int64_t>(1, steps * width() * k));
+  }
+  // Chains worth walking side by side: alone, or with matrices beyond the cache, they are not.
+  bool side_by_side(int64_t count) const { return count > 1 && k <= 32; }
+};
+
+template <class T>
+void scan_alone(const Chains<T>& t, int64_t e, const ChainSizes& s, double* u) {
+  std::vector<double> step(static_cast<size_t>(s.k * s.k));
+  for (int64_t l = 0; l < s.steps; ++l, u += s.width()) {
+    widen_step<T>(t, e, l, s.k, 1, step.data());
+    for (int64_t i = 0; i < s.width(); ++i) {
+      u[s.width() + i] = scan_output(u + i / s.k * s.k, step.data() + i % s.k * s.k, s.k);
+    }
+  }
+}
+
+// to[i * kChains + lane] = from[lane * pitch + i]; lanes beyond `count` repeat the last chain.
+inline void interleave(const double* from, int64_t pitch, int64_t size, int64_t count, double* to) {
+  for (int64_t lane = 0; lane < kChains; ++lane) {
+    const double* source = from + std::min(lane, count - 1) * pitch;
+    for (int64_t i = 0; i < size; ++i) to[i * kChains + lane] = source[i];
+  }
+}
+
+template <class T>
+void interleave_step(const Chains<T>& t, int64_t first, int64_t count, int64_t l, int64_t k,
+                     double* to) {
+  for (int64_t lane = 0; lane < kChains; ++lane) {
+    widen_step<T>(t, first + std::min(lane, count - 1), l, k, kChains, to + lane);
+  }
+}
+
+// to[lane * pitch + i] = from[i * kChains + lane] for `count` lanes.
+template <class T>
+void separate(const double* from, int64_t pitch, int64_t size, int64_t count, T* to) {
+  for (int64_t lane = 0; lane < count; ++lane) {
+    for (int64_t i = 0; i < size; ++i) {
+      to[lane * pitch + i] = static_cast<T>(from[i * kChains + lane]);
+    }
+  }
+}
+
+template <class T>
+void scan_together(const Chains<T>& t, int64_t first, int64_t count, const ChainSizes& s,
+                   double* states) {
+  const int64_t pitch = (s.steps + 1) * s.width(), lanes = s.width() * kChains;
+  Scratch<double> scratch(2 * lanes + s.k * s.k * kChains);
+  double *u = scratch.get(), *next = u + lanes, *step = next + lanes;
+  interleave(states, pitch, s.width(), count, u);
+  for (int64_t l = 0; l < s.steps; ++l) {
+    interleave_step<T>(t, first, count, l, s.k, step);
+    for (int64_t row = 0; row < s.rows; ++row) {
+      const int64_t at = row * s.k * kChains;
+      SAPWOOD_ISA_CALL(scan_step(u + at, step, s.k, next + at));
+    }
+    separate(next, pitch, s.width(), count, states + (l + 1) * s.width());
+    std::swap(u, next);
+  }
+}
+
 inline Tensor log_scan(const Tensor& t_in, const Tensor& init_in) {
   check_scan("log_scan", t_in, init_in);
   const Tensor t = as_compute(t_in);
   const Tensor init = torch::stable::contiguous(torch::stable::to(init_in, ScalarType::Double));
-  const int64_t b = t.size(0), steps = t.size(1), k = t.size(2), r = init.size(1), width = r * k;
-  const Tensor states = torch::stable::new_empty(init, {b, steps + 1, r, k});
-  const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, steps * width * k));
+  const ChainSizes s{t.size(0), t.size(1), init.size(1), t.size(2)};
+  const Tensor states = torch::stable::new_empty(init, {s.batch, s.steps + 1, s.rows, s.k});
   with_type(t, [&](auto zero) {
     using T = decltype(zero);
-    parallel_range(b, grain, [&](int64_t begin, int64_t end) {
-      std::vector<double> step(static_cast<size_t>(k * k));
-      for (int64_t e = begin; e < end; ++e) {
-        double* u = mutable_data<double>(states) + e * (steps + 1) * width;
-        std::copy_n(data<double>(init) + e * width, width, u);
-        for (int64_t l = 0; l < steps; ++l, u += width) {
-          widen_step<T>(t, e, l, k, step.data());
-          for (int64_t i = 0; i < width; ++i) {
-            u[width + i] = scan_output(u + i / k * k, step.data() + i % k * k, k);
-          }
+    const Chains<T> chains(t);
+    parallel_range(s.chunks(), s.grain(), [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t first = chunk * kChains, count = std::min(kChains, s.batch - first);
+        const int64_t pitch = (s.steps + 1) * s.width();
+        double* u = mutable_data<double>(states) + first * pitch;
+        for (int64_t e = 0; e < count; ++e) {
+          std::copy_n(data<double>(init) + (first + e) * s.width(), s.width(), u + e * pitch);
+        }
+        if (s.side_by_side(count)) {
+          scan_together<T>(chains, first, count, s, u);
+        } else {
+          for (int64_t e = 0; e < count; ++e) scan_alone<T>(chains, first + e, s, u + e * pitch);
         }
       }
     });
   });
   return states;
+}
+
+// u: the states of one chain; given: their gradients; dt (L, k, k), dinit (R, k).
+template <class T>
+void scan_backward_alone(const Chains<T>& t, int64_t e, const ChainSizes& s, const double* u,
+                         const double* given, T* dt, double* dinit) {
+  const int64_t k = s.k, width = s.width();
+  std::vector<double> step(static_cast<size_t>(k * k)), p(static_cast<size_t>(k));
+  std::vector<double> g(static_cast<size_t>(width)), sums(static_cast<size_t>(k * k));
+  std::vector<double> before(static_cast<size_t>(k));
+  std::copy_n(given + s.steps * width, width, g.data());
+  for (int64_t l = s.steps - 1; l >= 0; --l) {
+    widen_step<T>(t, e, l, k, 1, step.data());
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (int64_t row = 0; row < s.rows; ++row) {
+      double* from = g.data() + row * k;
+      std::copy_n(given + l * width + row * k, k, before.data());
+      for (int64_t j = 0; j < k; ++j) {
+        if (from[j] == 0) continue;
+        scan_weights(u + l * width + row * k, step.data() + j * k, k, p.data());
+        for (int64_t i = 0; i < k; ++i) {
+          sums[static_cast<size_t>(i * k + j)] += from[j] * p[static_cast<size_t>(i)];
+          before[static_cast<size_t>(i)] += from[j] * p[static_cast<size_t>(i)];
+        }
+      }
+      std::copy_n(before.data(), k, from);
+    }
+    for (int64_t i = 0; i < k * k; ++i) {
+      dt[l * k * k + i] = static_cast<T>(sums[static_cast<size_t>(i)]);
+    }
+  }
+  std::copy_n(g.data(), width, dinit);
+}
+
+// The same for `count` chains from `first` on; pointers are to the first of them.
+template <class T>
+void scan_backward_together(const Chains<T>& t, int64_t first, int64_t count, const ChainSizes& s,
+                            const double* states, const double* given, T* dt, double* dinit) {
+  const int64_t k = s.k, width = s.width(), pitch = (s.steps + 1) * width;
+  const int64_t lanes = width * kChains, square = k * k * kChains;
+  Scratch<double> scratch(3 * lanes + 2 * square + k * kChains);
+  double *u = scratch.get(), *g = u + lanes, *before = g + lanes;
+  double *step = before + lanes, *sums = step + square, *p = sums + square;
+  interleave(given + s.steps * width, pitch, width, count, g);
+  for (int64_t l = s.steps - 1; l >= 0; --l) {
+    interleave_step<T>(t, first, count, l, k, step);
+    interleave(states + l * width, pitch, width, count, u);
+    interleave(given + l * width, pitch, width, count, before);
+    std::fill_n(sums, square, 0.0);
+    for (int64_t row = 0; row < s.rows; ++row) {
+      const int64_t at = row * k * kChains;
+      SAPWOOD_ISA_CALL(scan_step_backward(u + at, step, g + at, k, p, sums, before + at));
+    }
+    separate(sums, s.steps * k * k, k * k, count, dt + l * k * k);
+    std::swap(g, before);
+  }
+  separate(g, width, width, count, dinit);
 }
 
 // grad (B, L + 1, R, k) of the states in double -> dt (B, L, k, k) in t's dtype, dinit (B, R, k).
@@ -99,41 +240,29 @@ inline std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const
   const Tensor t = as_compute(t_in);
   const Tensor states = torch::stable::contiguous(torch::stable::to(states_in, ScalarType::Double));
   const Tensor grad = torch::stable::contiguous(torch::stable::to(grad_in, ScalarType::Double));
-  const int64_t b = t.size(0), steps = t.size(1), k = t.size(2), r = states.size(2), width = r * k;
-  check_shape(op, "states", states, {b, steps + 1, r, k});
-  const Tensor dt = torch::stable::new_empty(t, {b, steps, k, k});
-  const Tensor dinit = torch::stable::new_empty(states, {b, r, k});
-  const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, steps * width * k));
+  const ChainSizes s{t.size(0), t.size(1), states.size(2), t.size(2)};
+  check_shape(op, "states", states, {s.batch, s.steps + 1, s.rows, s.k});
+  const Tensor dt = torch::stable::new_empty(t, {s.batch, s.steps, s.k, s.k});
+  const Tensor dinit = torch::stable::new_empty(states, {s.batch, s.rows, s.k});
   with_type(t, [&](auto zero) {
     using T = decltype(zero);
-    parallel_range(b, grain, [&](int64_t begin, int64_t end) {
-      std::vector<double> step(static_cast<size_t>(k * k)), p(static_cast<size_t>(k));
-      std::vector<double> g(static_cast<size_t>(width)), sums(static_cast<size_t>(k * k));
-      std::vector<double> before(static_cast<size_t>(k));
-      for (int64_t e = begin; e < end; ++e) {
-        const double* u = data<double>(states) + e * (steps + 1) * width;
-        const double* given = data<double>(grad) + e * (steps + 1) * width;
-        std::copy_n(given + steps * width, width, g.data());
-        for (int64_t l = steps - 1; l >= 0; --l) {
-          widen_step<T>(t, e, l, k, step.data());
-          std::fill(sums.begin(), sums.end(), 0.0);
-          for (int64_t row = 0; row < r; ++row) {
-            double* from = g.data() + row * k;
-            std::copy_n(given + l * width + row * k, k, before.data());
-            for (int64_t j = 0; j < k; ++j) {
-              if (from[j] == 0) continue;
-              scan_weights(u + l * width + row * k, step.data() + j * k, k, p.data());
-              for (int64_t i = 0; i < k; ++i) {
-                sums[static_cast<size_t>(i * k + j)] += from[j] * p[static_cast<size_t>(i)];
-                before[static_cast<size_t>(i)] += from[j] * p[static_cast<size_t>(i)];
-              }
-            }
-            std::copy_n(before.data(), k, from);
-          }
-          T* to = mutable_data<T>(dt) + (e * steps + l) * k * k;
-          for (int64_t i = 0; i < k * k; ++i) to[i] = static_cast<T>(sums[static_cast<size_t>(i)]);
+    const Chains<T> chains(t);
+    parallel_range(s.chunks(), s.grain(), [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t first = chunk * kChains, count = std::min(kChains, s.batch - first);
+        const int64_t pitch = (s.steps + 1) * s.width(), square = s.steps * s.k * s.k;
+        const double *u = data<double>(states) + first * pitch,
+                     *given = data<double>(grad) + first * pitch;
+        T* to = mutable_data<T>(dt) + first * square;
+        double* to_init = mutable_data<double>(dinit) + first * s.width();
+        if (s.side_by_side(count)) {
+          scan_backward_together<T>(chains, first, count, s, u, given, to, to_init);
+          continue;
         }
-        std::copy_n(g.data(), width, mutable_data<double>(dinit) + e * width);
+        for (int64_t e = 0; e < count; ++e) {
+          scan_backward_alone<T>(chains, first + e, s, u + e * pitch, given + e * pitch,
+                                 to + e * square, to_init + e * s.width());
+        }
       }
     });
   });

@@ -51,9 +51,10 @@ void segment_values(const T* x, int64_t inner, const Segments& g, int64_t s, int
   }
 }
 
+// Times scale[c] unless that is null.
 template <class T>
 void segment_weights(const T* x, int64_t inner, const Segments& g, int64_t s, int64_t width,
-                     T* out) {
+                     const T* scale, T* out) {
   T top[kInner], sum[kInner];
   reduce_segment(x, inner, g, s, width, top, sum);
   for (int64_t i = g.ptr[s]; i < g.ptr[s + 1]; ++i) {
@@ -61,7 +62,8 @@ void segment_weights(const T* x, int64_t inner, const Segments& g, int64_t s, in
     T* to = out + g.entry(i) * inner;
     for (int64_t c = 0; c < width; ++c) {
       const T p = row[c] == top[c] ? T(1) : math::exp(row[c] - top[c]);
-      to[c] = sum[c] != sum[c] ? sum[c] : top[c] == -kInf<T> ? T(0) : p / sum[c];
+      const T share = sum[c] != sum[c] ? sum[c] : top[c] == -kInf<T> ? T(0) : p / sum[c];
+      to[c] = scale != nullptr ? scale[c] * share : share;
     }
   }
 }
@@ -79,7 +81,12 @@ inline Segments segments_of(const char* op, const Tensor& x, const Tensor& ptr,
     check_dtype(op, "order", *order, order->scalar_type() == ScalarType::Long, "int64");
     check_shape(op, "order", *order, {x.size(1)});
     g.order = data<int64_t>(*order);
+    uint64_t outside = 0;  // the sign of v or of last - v; without a branch gcc makes vectors of it
     for (int64_t i = 0; i < entries; ++i) {
+      const uint64_t v = static_cast<uint64_t>(g.order[i]);
+      outside |= v | (static_cast<uint64_t>(entries - 1) - v);
+    }
+    for (int64_t i = 0; outside >> 63 != 0 && i < entries; ++i) {
       STD_TORCH_CHECK(g.order[i] >= 0 && g.order[i] < entries, "sapwood.", op,
                       ": order must hold positions in x, got ", g.order[i]);
     }
@@ -91,17 +98,27 @@ inline Segments segments_of(const char* op, const Tensor& x, const Tensor& ptr,
   return g;
 }
 
-// One column: the terms are gathered and reduced on vectors. Values go to out[0], weights to the
-// entries of out. Returns false where the maximum is not finite.
+// One column: the terms are gathered and reduced on vectors. Values go to out[0], weights, times
+// `scale`, to the entries of out. Returns false where the maximum is not finite.
 template <bool weights, class T>
-bool gathered_segment(const T* x, const Segments& g, int64_t s, Scratch<T>& scratch, T* out) {
+bool gathered_segment(const T* x, const Segments& g, int64_t s, Scratch<T>& scratch, T scale,
+                      T* out) {
   const int64_t first = g.ptr[s], count = g.ptr[s + 1] - first;
   T *terms = scratch.get(), top = -kInf<T>, sum = 0;
-  for (int64_t i = 0; i < count; ++i) terms[i] = x[g.entry(first + i)];
+  if (g.order == nullptr) {
+    std::copy_n(x + first, count, terms);
+  } else {
+    for (int64_t i = 0; i < count; ++i) terms[i] = x[g.order[first + i]];
+  }
   SAPWOOD_ISA_CALL(reduce_terms(terms, count, &top, &sum));
-  if (!(top > -kInf<T> && top < kInf<T>)) return false;
+  if (!(top > -kInf<T> && top < kInf<T>) || sum != sum) return false;
   if constexpr (weights) {
-    for (int64_t i = 0; i < count; ++i) out[g.entry(first + i)] = terms[i] / sum;
+    const T factor = scale / sum;
+    if (g.order == nullptr) {
+      for (int64_t i = 0; i < count; ++i) out[first + i] = terms[i] * factor;
+    } else {
+      for (int64_t i = 0; i < count; ++i) out[g.order[first + i]] = terms[i] * factor;
+    }
   } else {
     out[0] = top + math::log(sum);
   }
@@ -114,70 +131,88 @@ inline int64_t longest(const Segments& g) {
   return most;
 }
 
-// f(outer, segment, first column, width) for all blocks.
-template <class F>
+// f(outer, segment, first column, width, room for a segment of one column) for all blocks.
+template <class T, class F>
 void over_segments(const Tensor& x, const Segments& g, const F& f) {
   const int64_t inner = x.size(2), blocks = round_up(inner, kInner) / kInner;
   const int64_t tasks = x.size(0) * g.count * blocks;
   if (tasks == 0) return;
+  const int64_t room = inner == 1 ? longest(g) + kStrip<T> : 0;
   const int64_t mean =
       std::max<int64_t>(1, x.size(1) * std::min(inner, kInner) / std::max<int64_t>(1, g.count));
   parallel_range(tasks, std::max<int64_t>(1, 16384 / mean), [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(room);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = t % blocks * kInner, rest = t / blocks;
-      f(rest / g.count, rest % g.count, first, std::min(kInner, inner - first));
+      f(rest / g.count, rest % g.count, first, std::min(kInner, inner - first), scratch);
     }
   });
+}
+
+inline std::optional<Tensor> contiguous_order(const std::optional<Tensor>& order) {
+  return order ? std::optional<Tensor>(torch::stable::contiguous(*order)) : order;
 }
 
 inline Tensor segment_logsumexp(const Tensor& x, const Tensor& ptr_in,
                                 const std::optional<Tensor>& order_in) {
   const Tensor ptr = torch::stable::contiguous(ptr_in);
-  const std::optional<Tensor> order =
-      order_in ? std::optional<Tensor>(torch::stable::contiguous(*order_in)) : order_in;
+  const std::optional<Tensor> order = contiguous_order(order_in);
   const Segments g = segments_of("segment_logsumexp", x, ptr, order);
   const Tensor from = torch::stable::contiguous(as_compute(x));
   const int64_t n = x.size(1), inner = x.size(2);
   const Tensor out = torch::stable::new_empty(from, {x.size(0), g.count, inner});
   with_type(from, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t room = inner == 1 ? longest(g) + kStrip<T> : 0;
-    over_segments(x, g, [&](int64_t o, int64_t s, int64_t first, int64_t width) {
-      Scratch<T> scratch(room);
-      if (inner == 1 && gathered_segment<false>(data<T>(from) + o * n, g, s, scratch,
-                                                mutable_data<T>(out) + o * g.count + s)) {
-        return;
-      }
-      segment_values<T>(data<T>(from) + o * n * inner + first, inner, g, s, width,
-                        mutable_data<T>(out) + (o * g.count + s) * inner + first);
+    const T* source = data<T>(from);
+    T* to = mutable_data<T>(out);
+    over_segments<T>(x, g, [&](int64_t o, int64_t s, int64_t first, int64_t width, auto& scratch) {
+      const T* row = source + o * n * inner + first;
+      T* value = to + (o * g.count + s) * inner + first;
+      if (inner == 1 && gathered_segment<false>(row, g, s, scratch, T(1), value)) return;
+      segment_values<T>(row, inner, g, s, width, value);
     });
   });
   return back_to(out, x.scalar_type());
 }
 
-inline Tensor segment_softmax(const Tensor& x, const Tensor& ptr_in,
-                              const std::optional<Tensor>& order_in) {
+// The weights of all entries, times the number of their segment in `scale` (O, S, I) if there is one.
+inline Tensor weights_of(const char* op, const std::optional<Tensor>& scale_in, const Tensor& x,
+                         const Tensor& ptr_in, const std::optional<Tensor>& order_in) {
   const Tensor ptr = torch::stable::contiguous(ptr_in);
-  const std::optional<Tensor> order =
-      order_in ? std::optional<Tensor>(torch::stable::contiguous(*order_in)) : order_in;
-  const Segments g = segments_of("segment_softmax", x, ptr, order);
+  const std::optional<Tensor> order = contiguous_order(order_in);
+  const Segments g = segments_of(op, x, ptr, order);
   const Tensor from = torch::stable::contiguous(as_compute(x));
   const int64_t n = x.size(1), inner = x.size(2);
+  std::optional<Tensor> scale;
+  if (scale_in) {
+    check_shape(op, "grad", *scale_in, {x.size(0), g.count, inner});
+    check_like(op, "grad", *scale_in, x);
+    scale = torch::stable::contiguous(as_compute(*scale_in));
+  }
   const Tensor out = torch::stable::new_empty(from, {x.size(0), n, inner});
   with_type(from, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t room = inner == 1 ? longest(g) + kStrip<T> : 0;
-    over_segments(x, g, [&](int64_t o, int64_t s, int64_t first, int64_t width) {
+    const T *source = data<T>(from), *factors = scale ? data<T>(*scale) : nullptr;
+    T* to = mutable_data<T>(out);
+    over_segments<T>(x, g, [&](int64_t o, int64_t s, int64_t first, int64_t width, auto& scratch) {
       const int64_t at = o * n * inner + first;
-      Scratch<T> scratch(room);
-      if (inner == 1 &&
-          gathered_segment<true>(data<T>(from) + at, g, s, scratch, mutable_data<T>(out) + at)) {
-        return;
-      }
-      segment_weights<T>(data<T>(from) + at, inner, g, s, width, mutable_data<T>(out) + at);
+      const T* factor = factors != nullptr ? factors + (o * g.count + s) * inner + first : nullptr;
+      const T one = factor != nullptr ? *factor : T(1);
+      if (inner == 1 && gathered_segment<true>(source + at, g, s, scratch, one, to + at)) return;
+      segment_weights<T>(source + at, inner, g, s, width, factor, to + at);
     });
   });
   return back_to(out, x.scalar_type());
+}
+
+inline Tensor segment_softmax(const Tensor& x, const Tensor& ptr,
+                              const std::optional<Tensor>& order) {
+  return weights_of("segment_softmax", std::nullopt, x, ptr, order);
+}
+
+inline Tensor segment_logsumexp_backward(const Tensor& grad, const Tensor& x, const Tensor& ptr,
+                                         const std::optional<Tensor>& order) {
+  return weights_of("segment_logsumexp_backward", grad, x, ptr, order);
 }
 
 }  // namespace sapwood::logsemiring

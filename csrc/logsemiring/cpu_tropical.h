@@ -4,7 +4,6 @@
 #include <tuple>
 
 #include "logsemiring/cpu_gemm.h"
-#include "logsemiring/philox.h"
 
 namespace sapwood::logsemiring {
 
@@ -86,25 +85,6 @@ inline std::tuple<Tensor, Tensor> max_matmul(const Tensor& a, const Tensor& b) {
   return {back_to(values, a.scalar_type()), indices};
 }
 
-// argmax_k a + b + gumbel, -1 where no term has mass; NaN terms take no part.
-template <class T>
-int64_t draw(const Matrix<T>& a, const Matrix<T>& b, int64_t k, int64_t i, int64_t j, uint64_t key,
-             uint32_t batch) {
-  int64_t found = -1;
-  double best = -kInf<double>;
-  for (int64_t l = 0; l < k; ++l) {
-    const double x = static_cast<double>(a.at(i, l)) + static_cast<double>(b.at(l, j));
-    if (!(x > -kInf<double>)) continue;
-    const double y = x + gumbel(philox(key, static_cast<uint32_t>(l), static_cast<uint32_t>(j),
-                                       static_cast<uint32_t>(i), batch));
-    if (y > best || found < 0) {
-      best = y;
-      found = l;
-    }
-  }
-  return found;
-}
-
 inline Tensor sample_matmul(const Tensor& a, const Tensor& b, int64_t num_samples, int64_t seed) {
   const Sizes s = product_sizes("sample_matmul", a, b);
   const Tensor left = as_compute(a), right = as_compute(b);
@@ -114,14 +94,13 @@ inline Tensor sample_matmul(const Tensor& a, const Tensor& b, int64_t num_sample
   const int64_t grain = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, s.n * s.k));
   with_type(left, [&](auto zero) {
     using T = decltype(zero);
+    int64_t* to = mutable_data<int64_t>(out);
     parallel_range(rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t flat = row / s.m, i = row % s.m;
         const Matrix<T> x = matrix<T>(left, flat % s.batch), y = matrix<T>(right, flat % s.batch);
-        for (int64_t j = 0; j < s.n; ++j) {
-          mutable_data<int64_t>(out)[row * s.n + j] =
-              draw<T>(x, y, s.k, i, j, static_cast<uint64_t>(seed), static_cast<uint32_t>(flat));
-        }
+        SAPWOOD_ISA_CALL(draw_row(x, y, i, s.n, s.k, static_cast<uint64_t>(seed),
+                                  static_cast<uint32_t>(flat), to + row * s.n));
       }
     });
   });

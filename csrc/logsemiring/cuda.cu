@@ -179,10 +179,10 @@ Tensor sample_matmul(const Tensor& a_in, const Tensor& b_in, int64_t num_samples
   return out;
 }
 
-// Values (O, S, I), or weights (O, n, I). The contents of ptr and order are not checked: that would
+// Values (O, S, I), or weights (O, n, I), times a scale (O, S, I) if there is one. The contents of ptr and order are not checked: that would
 // wait for the device; SegmentPlan checks them when it is made.
 Tensor segments(const char* op, const Tensor& x_in, const Tensor& ptr_in,
-                const OptionalTensor& order_in, bool weights) {
+                const OptionalTensor& order_in, bool weights, const OptionalTensor& scale_in) {
   check_dim(op, "x", x_in, 3);
   check_dim(op, "ptr", ptr_in, 1);
   check_dtype(op, "ptr", ptr_in, ptr_in.scalar_type() == ScalarType::Long, "int64");
@@ -201,6 +201,13 @@ Tensor segments(const char* op, const Tensor& x_in, const Tensor& ptr_in,
   const Division d{input<int64_t>(ptr), order ? input<int64_t>(*order) : nullptr,
                    x.size(0),           ptr.numel() - 1,
                    x.size(2),           x.size(1)};
+  OptionalTensor scale;
+  if (scale_in) {
+    check_shape(op, "grad", *scale_in, {x.size(0), d.count, x.size(2)});
+    check_like(op, "grad", *scale_in, x_in);
+    check_device(op, "grad", *scale_in, "x", x_in);
+    scale = torch::stable::contiguous(widened(*scale_in));
+  }
   const Tensor out =
       torch::stable::new_empty(x, {x.size(0), weights ? x.size(1) : d.count, x.size(2)});
   const int64_t warps = d.outer * d.count * d.inner, per_block = kThreads / kWarp;
@@ -210,7 +217,8 @@ Tensor segments(const char* op, const Tensor& x_in, const Tensor& ptr_in,
       auto kernel = segment_kernel<T>;
       T *values = weights ? nullptr : output<T>(out), *shares = weights ? output<T>(out) : nullptr;
       SAPWOOD_LAUNCH(kernel, grid_of((warps + per_block - 1) / per_block), kThreads, 0,
-                     current_stream(x), input<T>(x), d, values, shares);
+                     current_stream(x), input<T>(x), d, scale ? input<T>(*scale) : nullptr, values,
+                     shares);
       SAPWOOD_CUDA_CHECK(cudaGetLastError());
     });
   }
@@ -218,11 +226,16 @@ Tensor segments(const char* op, const Tensor& x_in, const Tensor& ptr_in,
 }
 
 Tensor segment_logsumexp(const Tensor& x, const Tensor& ptr, const OptionalTensor& order) {
-  return segments("segment_logsumexp", x, ptr, order, false);
+  return segments("segment_logsumexp", x, ptr, order, false, std::nullopt);
 }
 
 Tensor segment_softmax(const Tensor& x, const Tensor& ptr, const OptionalTensor& order) {
-  return segments("segment_softmax", x, ptr, order, true);
+  return segments("segment_softmax", x, ptr, order, true, std::nullopt);
+}
+
+Tensor segment_logsumexp_backward(const Tensor& grad, const Tensor& x, const Tensor& ptr,
+                                  const OptionalTensor& order) {
+  return segments("segment_logsumexp_backward", x, ptr, order, true, grad);
 }
 
 template <class T>
@@ -297,6 +310,7 @@ SAPWOOD_CUDA_IMPL(m) {
   m.impl("max_matmul", TORCH_BOX(&ops::max_matmul));
   m.impl("sample_matmul", TORCH_BOX(&ops::sample_matmul));
   m.impl("segment_logsumexp", TORCH_BOX(&ops::segment_logsumexp));
+  m.impl("segment_logsumexp_backward", TORCH_BOX(&ops::segment_logsumexp_backward));
   m.impl("segment_softmax", TORCH_BOX(&ops::segment_softmax));
   m.impl("log_scan", TORCH_BOX(&ops::log_scan));
   m.impl("log_scan_backward", TORCH_BOX(&ops::log_scan_backward));

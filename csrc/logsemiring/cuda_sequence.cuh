@@ -71,10 +71,11 @@ __device__ inline T warp_sum(T v) {
   return v;
 }
 
-// `values` (O, S, I) or `weights` (O, n, I), the other null.
+// `values` (O, S, I) or `weights` (O, n, I), the other null; weights are multiplied by those of
+// `scale` (O, S, I) unless that is null.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    segment_kernel(const T* x, Division d, T* values, T* weights) {
+    segment_kernel(const T* x, Division d, const T* scale, T* values, T* weights) {
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -95,7 +96,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     T* to = weights + o * d.entries * d.inner + c;
     for (int64_t i = d.ptr[s] + lane; i < d.ptr[s + 1]; i += kWarp) {
       const int64_t at = (d.order != nullptr ? d.order[i] : i) * d.inner;
-      to[at] = scaled(from[at], top) * inverse(top, sum);
+      const T share = scaled(from[at], top) * inverse(top, sum);
+      to[at] = scale != nullptr ? scale[t] * share : share;
     }
   }
 }

@@ -49,6 +49,7 @@ inline constexpr int64_t kTileRows = 48;      // rows of a task's tile
 inline constexpr int64_t kGroup = 8;          // rows of a tile of the exact kernel
 inline constexpr int64_t kDepth = 192;        // terms per pass of the GEMM: a strip stays in L1
 inline constexpr int64_t kExactDepth = 4096;  // terms per pass of the exact kernel
+inline constexpr int64_t kChains = 8;         // chains that log_scan walks side by side
 template <class T>
 inline constexpr int64_t kStrip = 128 / static_cast<int64_t>(sizeof(T));  // columns of a panel
 template <class T>
@@ -147,4 +148,6 @@ struct Weights {
 #define SAPWOOD_KERNEL_FILE "logsemiring/kernel_exact_backward.inl"
 #include "common/foreach_isa.h"
 #define SAPWOOD_KERNEL_FILE "logsemiring/kernel_tropical.inl"
+#include "common/foreach_isa.h"
+#define SAPWOOD_KERNEL_FILE "logsemiring/kernel_scan.inl"
 #include "common/foreach_isa.h"

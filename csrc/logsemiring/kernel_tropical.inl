@@ -68,21 +68,80 @@ SAPWOOD_TARGET void arg_maxima(const T* a, const T* b, int64_t depth, int64_t fi
   }
 }
 
-// Terms of one segment side by side, readable and writable up to whole vectors: the maximum, and where
+// Terms of one segment side by side, writable for a vector beyond their end: the maximum, and where
 // it is finite terms become exp(term - maximum) and are summed.
 template <class T>
 SAPWOOD_TARGET void reduce_terms(T* terms, int64_t count, T* top, T* sum) {
+  using V = typename Lanes<T>::type;
   constexpr int W = Lanes<T>::count;
-  std::fill_n(terms + count, round_up(count, W) - count, -kInf<T>);
-  row_maxima(Matrix<T>{terms, 0, 1}, 1, count, top);
-  if (!(*top > -kInf<T> && *top < kInf<T>)) return;
-  exp_row<Below::zero, false, T>(terms, top, count);
-  typename Lanes<T>::type total{}, v;
+  V v = V{} - kInf<T>, best = v, total{};
+  store<T>(terms + count, v);
   for (int64_t i = 0; i < count; i += W) {
     load<T>(v, terms + i);
+    larger<T>(best, v, best);
+  }
+  *top = max_lanes<T>(best);
+  if (!(*top > -kInf<T> && *top < kInf<T>)) return;
+  const V shift = V{} + *top;
+  for (int64_t i = 0; i < count; i += W) {
+    load<T>(v, terms + i);
+    v -= shift;
+    exp_nonpositive<Below::zero, T>(v);
+    store<T>(terms + i, v);
     total += v;
   }
   *sum = sum_lanes<T>(total);
+}
+
+// Draws for one row of a and columns [0, n) of b: argmax_k a + b + gumbel, -1 where no term has mass;
+// NaN terms take no part. The noise is that of philox.h, on vectors.
+template <class T>
+SAPWOOD_TARGET void draw_row(const Matrix<T>& a, const Matrix<T>& b, int64_t i, int64_t n,
+                             int64_t k, uint64_t key, uint32_t batch, int64_t* out) {
+  using V = Lanes<double>::type;
+  using I = Lanes<double>::bits_type;
+  typedef uint64_t U __attribute__((vector_size(SAPWOOD_VECTOR_BYTES)));
+  constexpr int W = Lanes<double>::count;
+  const U low = U{} + 0xFFFFFFFFu;
+  for (int64_t j = 0; j < n; j += W) {
+    const int64_t count = std::min<int64_t>(W, n - j);
+    U column;
+    for (int w = 0; w < W; ++w) column[w] = static_cast<uint64_t>(j + w);
+    V best = V{} - kInf<double>;
+    I found = I{} - 1;
+    for (int64_t l = 0; l < k; ++l) {
+      double terms[W];
+      const double left = static_cast<double>(a.at(i, l));
+      for (int64_t w = 0; w < W; ++w) {
+        terms[w] = left + static_cast<double>(b.at(l, j + std::min(w, count - 1)));
+      }
+      V x;
+      load<double>(x, terms);
+      U c0 = U{} + static_cast<uint32_t>(l), c1 = column;
+      U c2 = U{} + static_cast<uint32_t>(i), c3 = U{} + batch;
+      uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+#pragma GCC unroll 10
+      for (int round = 0; round < 10; ++round) {
+        const U p0 = c0 * 0xD2511F53u, p1 = c2 * 0xCD9E8D57u;
+        c0 = (p1 >> 32) ^ c1 ^ k0;
+        c1 = p1 & low;
+        c2 = (p0 >> 32) ^ c3 ^ k1;
+        c3 = p0 & low;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+      }
+      // 1 - uniform is exact in double
+      V noise = 1.0 - (__builtin_convertvector((I)c0, V) + 0.5) * 0x1p-32;
+      log_positive<double>(noise);
+      noise = -noise;
+      log_positive<double>(noise);
+      const V y = x - noise;
+      const I better = (x > -kInf<double>)&(y > best);
+      best = better ? y : best;
+      found = better ? I{} + l : found;
+    }
+    for (int64_t w = 0; w < count; ++w) out[j + w] = found[w];
+  }
 }
 
 // Whether any entry is NaN or +inf: only then a sum may be NaN.

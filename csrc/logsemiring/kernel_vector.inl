@@ -86,6 +86,24 @@ SAPWOOD_TARGET SAPWOOD_INLINE T sum_lanes(const typename Lanes<T>::type& v) {
 #endif
 }
 
+// The largest lane of a vector without NaN.
+template <class T>
+SAPWOOD_TARGET SAPWOOD_INLINE T max_lanes(const typename Lanes<T>::type& v) {
+#if SAPWOOD_IS_AVX512
+  if constexpr (sizeof(T) == 8)
+    return _mm512_reduce_max_pd((__m512d)v);
+  else
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+  T lanes[Lanes<T>::count];
+  store<T>(lanes, v);
+  for (int h = Lanes<T>::count / 2; h > 0; h /= 2) {
+    for (int i = 0; i < h; ++i) lanes[i] = lanes[i + h] > lanes[i] ? lanes[i + h] : lanes[i];
+  }
+  return lanes[0];
+#endif
+}
+
 // What an argument below Exp2::lowest becomes: any number below 2^-124 (cheapest, for a sum that
 // is at least 1), exactly zero, or exactly zero for NaN as well.
 enum class Below { tiny, zero, zero_and_nan };
@@ -156,15 +174,27 @@ SAPWOOD_TARGET SAPWOOD_INLINE void transpose(typename Lanes<T>::type* square) {
   }
 }
 
-// v = ln v within 2 ulp for normal v > 0; NaN is kept. Double goes through the standard library.
+// v = ln v within 2 ulp for normal v > 0; NaN is kept. In double by ln m = 2 artanh((m - 1)/(m + 1)).
 template <class T>
 SAPWOOD_TARGET SAPWOOD_INLINE void log_positive(typename Lanes<T>::type& v) {
   using V = typename Lanes<T>::type;
   if constexpr (sizeof(T) == 8) {
-    T lanes[Lanes<T>::count];
-    store<T>(lanes, v);
-    for (T& x : lanes) x = std::log(x);
-    load<T>(v, lanes);
+    using I = typename Lanes<T>::bits_type;
+    I bits;
+    __builtin_memcpy(&bits, &v, sizeof bits);
+    const I exponent = (bits - 0x3fe6a09e667f3bcd) >> 52;  // mantissa in [sqrt(1/2), sqrt(2))
+    bits -= exponent << 52;
+    V f;
+    __builtin_memcpy(&f, &bits, sizeof f);
+    f -= 1.0;
+    const V n = __builtin_convertvector(exponent, V);
+    const V s = f / (f + 2.0), z = s * s, half = 0.5 * f * f;
+    V p = V{} + 2.0 / 19;  // 2/3 + 2/5 z + 2/7 z^2 + ..., z < 0.0295
+#pragma GCC unroll 8
+    for (int i = 17; i >= 3; i -= 2) p = p * z + 2.0 / i;
+    const V y =
+        n * 0x1.62e42feep-1 - ((half - (s * (half + p * z) + n * 0x1.a39ef35793c76p-33)) - f);
+    v = v == v ? y : v;
   } else {
     using I = typename Lanes<T>::bits_type;
     constexpr float c[] = {-0x1.000006p-2f, 0x1.99a4b6p-3f, -0x1.555c4ep-3f, 0x1.233766p-3f,

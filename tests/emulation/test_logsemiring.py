@@ -160,6 +160,11 @@ def test_segments(ops: Any, inner: int, dtype: torch.dtype) -> None:
     wide = x.double()
     close(ops.segment_logsumexp(x, ptr, order), reference.segment_logsumexp(wide, ptr, order))
     close(ops.segment_softmax(x, ptr, order), reference.segment_softmax(wide, ptr, order))
+    grad = torch.randn(2, 5, inner).to(dtype)
+    close(
+        ops.segment_logsumexp_backward(grad, x, ptr, order),
+        reference.segment_logsumexp_backward(grad.double(), wide, ptr, order),
+    )
     sorted_x = x.index_select(1, order)
     assert torch.equal(
         ops.segment_logsumexp(sorted_x, ptr, None), ops.segment_logsumexp(x, ptr, order)

@@ -155,6 +155,14 @@ def segment_softmax(x: Tensor, ptr: Tensor, order: Tensor | None) -> Tensor:
     return p if order is None else p.index_select(1, order.argsort())
 
 
+def segment_logsumexp_backward(
+    grad: Tensor, x: Tensor, ptr: Tensor, order: Tensor | None
+) -> Tensor:
+    """The gradient of x (O, n, I) given that of the values (O, S, I)."""
+    ids = segment_ids(ptr, order, x.shape[1])
+    return grad.index_select(1, ids) * segment_softmax(x, ptr, order)
+
+
 def log_scan(t: Tensor, init: Tensor) -> Tensor:
     """u_0 = init, u_{l+1,j} = log sum_i exp(u_li + t_lij): (B, L + 1, R, k) in float64."""
     states = [init.double()]

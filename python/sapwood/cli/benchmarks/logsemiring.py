@@ -20,6 +20,7 @@ PROVIDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "max_matmul": ("broadcast", ("broadcast", "sapwood")),
     "sample_matmul": ("broadcast", ("broadcast", "sapwood")),
     "segment_logsumexp": ("scatter", ("scatter", "sapwood")),
+    "segment_logsumexp_grad_grad": ("scatter", ("scatter", "sapwood")),
     "log_scan": ("loop", ("loop", "sapwood")),
 }
 
@@ -97,6 +98,7 @@ def cases(*, quick: bool, device: str = "cpu", dtype: str = "float32") -> Iterat
     yield LogsemiringCase("max_matmul", 1, 64, 64, 64, dtype, device)
     yield LogsemiringCase("sample_matmul", 1, 16, 16, 16, dtype, device)
     yield LogsemiringCase("segment_logsumexp", 1, 20_000, 1, 300, dtype, device)
+    yield LogsemiringCase("segment_logsumexp_grad_grad", 1, 20_000, 1, 300, dtype, device)
     yield LogsemiringCase("log_scan", 32, 64, 2, 2, dtype, device)
 
 
@@ -174,7 +176,7 @@ def _draws(case: LogsemiringCase, provider: str) -> Call:
 
 
 def _segments(case: LogsemiringCase, provider: str) -> Call:
-    """m entries in n segments, forward and gradient."""
+    """m entries in n segments: forward and gradient, or the second derivative."""
     x = case.operands()[0].flatten()[: case.m].clone().requires_grad_()
     index = torch.arange(case.m, device=case.device) * 7919 % case.n
     plan = sapwood.ops.SegmentPlan(index, case.n)
@@ -185,12 +187,20 @@ def _segments(case: LogsemiringCase, provider: str) -> Call:
         total = torch.zeros_like(empty).index_add(0, index, (x - top[index]).exp())
         return total.log() + top
 
+    def values() -> Tensor:
+        return scatter() if provider == "scatter" else sapwood.ops.segment_logsumexp(x, plan=plan)
+
     def step() -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            y = scatter() if provider == "scatter" else sapwood.ops.segment_logsumexp(x, plan=plan)
+            y = values()
             return y.detach(), *torch.autograd.grad(y.sum(), x)
 
-    return step
+    def second() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            (first,) = torch.autograd.grad(values().sin().sum(), x, create_graph=True)
+            return torch.autograd.grad((first * first).sum(), x)
+
+    return second if case.op == "segment_logsumexp_grad_grad" else step
 
 
 def _chain(case: LogsemiringCase, provider: str) -> Call:
@@ -221,6 +231,7 @@ _BUILDERS: dict[str, Callable[[LogsemiringCase, str], Call]] = {
     "max_matmul": _maxima,
     "sample_matmul": _draws,
     "segment_logsumexp": _segments,
+    "segment_logsumexp_grad_grad": _segments,
     "log_scan": _chain,
 }
 

@@ -50,6 +50,7 @@ class SegmentPlan:
         self.order: Tensor | None = None if in_order else index.argsort(stable=True)
         lengths = torch.bincount(index, minlength=count)
         self.ptr = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        self.entries = len(index)
 
     @classmethod
     def from_ptr(cls, ptr: Tensor) -> SegmentPlan:
@@ -62,7 +63,7 @@ class SegmentPlan:
             shown = ptr.tolist() if len(ptr) <= 8 else f"{len(ptr)} numbers that do not"
             _check.fail(ValueError, op, "ptr", "start at 0 and not decrease", shown)
         plan = cls.__new__(cls)
-        plan.ptr, plan.order = ptr, None
+        plan.ptr, plan.order, plan.entries = ptr, None, int(ptr[-1])
         return plan
 
     @property
@@ -74,12 +75,15 @@ class SegmentPlan:
         plan = SegmentPlan.__new__(SegmentPlan)
         plan.ptr = self.ptr.to(device)
         plan.order = None if self.order is None else self.order.to(device)
+        plan.entries = self.entries
         return plan
 
 
 def _plan(
     index: Tensor | None, ptr: Tensor | None, plan: SegmentPlan | None, num_segments: int | None
 ) -> SegmentPlan:
+    if plan is not None and index is None and ptr is None and num_segments is None:
+        return plan
     given = [n for n, v in (("index", index), ("ptr", ptr), ("plan", plan)) if v is not None]
     if len(given) != 1:
         actual = " and ".join(given) or "none of them"
@@ -139,11 +143,12 @@ def segment_logsumexp(
         _check.fail(ValueError, _NAME, "dim", f"be in [{-x.dim()}, {x.dim() - 1}]", dim)
     dim %= x.dim()
     found = _plan(index, ptr, plan, num_segments)
-    entries = len(found.order) if found.order is not None else int(found.ptr[-1])
+    entries = found.entries
     if entries != x.shape[dim]:
         want = f"cover x.size({dim}) = {x.shape[dim]} entries"
         _check.fail(ValueError, _NAME, "index" if index is not None else "ptr", want, entries)
-    _check.same_device(_NAME, x=x, ptr=found.ptr, order=found.order)
+    if x.device != found.ptr.device:
+        _check.same_device(_NAME, x=x, ptr=found.ptr, order=found.order)
     before, after = x.shape[:dim], x.shape[dim + 1 :]
     flat = x.reshape(before.numel(), entries, after.numel())
     run = _backend.choose(_NAME, _BACKENDS, flat).run

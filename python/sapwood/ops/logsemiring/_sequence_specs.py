@@ -15,6 +15,17 @@ from sapwood.reference import logsemiring as reference
 # segments: x (O, n, I), ptr (S + 1,), order (n,) or None ------------------------------------------
 
 
+def _sums(x: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Sums over segments, (O, n, I) -> (O, S, I): torch is fast at index_add of vectors only."""
+    outer, _, inner = x.shape
+    at = ids
+    if outer != 1 or inner != 1:
+        blocks = torch.arange(outer, device=ids.device)[:, None, None] * count + ids[:, None]
+        at = (blocks * inner + torch.arange(inner, device=ids.device)).flatten()
+    total = x.new_zeros(outer * count * inner).index_add(0, at, x.flatten())
+    return total.view(outer, count, inner)
+
+
 def _fake_values(x: Tensor, ptr: Tensor, order: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], ptr.shape[0] - 1, x.shape[2])
 
@@ -28,9 +39,21 @@ def _setup_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_values(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    x, ptr, order = ctx.saved_tensors
+    return segment_logsumexp_backward(grad, *ctx.saved_tensors), None, None
+
+
+def _fake_shares(grad: Tensor, x: Tensor, ptr: Tensor, order: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _backward_shares(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    """With p the softmax: the mean of the tangent, and g p (tangent - mean)."""
+    grad, x, ptr, order = ctx.saved_tensors
     ids = reference.segment_ids(ptr, order, x.shape[1])
-    return grad.index_select(1, ids) * segment_softmax(x, ptr, order), None, None
+    p = segment_softmax(x, ptr, order)
+    mean = _sums(p * tangent, ids, ptr.shape[0] - 1)
+    weighted = grad.index_select(1, ids) * p
+    return mean, weighted * (tangent - mean.index_select(1, ids)), None, None
 
 
 def _setup_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -41,9 +64,17 @@ def _backward_weights(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     """p (g - sum of p g over the segment)."""
     p, ptr, order = ctx.saved_tensors
     ids = reference.segment_ids(ptr, order, p.shape[1])
-    shape = (p.shape[0], ptr.shape[0] - 1, p.shape[2])
-    mean = grad.new_zeros(shape).index_add(1, ids, p * grad)
+    mean = _sums(p * grad, ids, ptr.shape[0] - 1)
     return p * (grad - mean.index_select(1, ids)), None, None
+
+
+def _vmap_shares(
+    call: Callable[..., Tensor], info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Tensor, int]:
+    if in_dims[2] is not None or in_dims[3] is not None or info.batch_size == 0:
+        return loop_over_batch(call, info, in_dims, *args)  # type: ignore[no-any-return]
+    grad, x = (_fold(a, d, info.batch_size) for a, d in zip(args[:2], in_dims[:2], strict=True))
+    return _unfold(call(grad, x, *args[2:]), info.batch_size), 0
 
 
 def _vmap_segments(
@@ -64,6 +95,17 @@ segment_softmax = define_op(
         vmap=_vmap_segments,
         setup=_setup_weights,
         backward=_backward_weights,
+    )
+)
+segment_logsumexp_backward = define_op(
+    OpSpec(
+        "segment_logsumexp_backward",
+        FAMILY,
+        fake=_fake_shares,
+        reference=reference.segment_logsumexp_backward,
+        vmap=_vmap_shares,
+        setup=_setup_values,
+        backward=_backward_shares,
     )
 )
 segment_logsumexp = define_op(
