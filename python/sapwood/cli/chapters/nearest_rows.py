@@ -53,7 +53,6 @@ def run(context: Context) -> ChapterResult:
         stats=[
             Stat(f"{100 * m.right:.1f} %", "of the test digits are nearest to one of their kind"),
             Stat(f"{m.speedup:.1f}x", "as fast as the full matrix, finding the same pairs"),
-            Stat(f"{m.megabytes:.0f} MB", "that the full matrix takes, and the pairs do not"),
         ],
         summary=_table(m),
         remarks=[f"All {m.planted} planted copies were found."]
