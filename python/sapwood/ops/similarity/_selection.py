@@ -187,8 +187,8 @@ def similarity_topk(
         check_finite: warn about rows that hold NaN or inf (on the CPU).
 
     Returns:
-        values (N, k), float32 unless x is float64, and indices (N, k) int64: best first, ties by
-        smaller index, then -inf and -1 where there are fewer than k candidates. Values are
+        Similarities (N, k), float32 unless x is float64, and indices (N, k) int64; best first, ties
+        by smaller index, then -inf and -1 where there are fewer than k candidates. Similarities are
         differentiable with respect to x and y.
 
     Raises:
