@@ -2,12 +2,9 @@
 
 from sapwood.minimize.modules.attention import HeadBlock, RaggedAttention
 from sapwood.minimize.modules.convolution import AppendOnes, BorderBias2d
+from sapwood.minimize.modules.group_normalization import CompensatedGroupNorm
 from sapwood.minimize.modules.indexing import IndexAdd, InputSelect
-from sapwood.minimize.modules.normalization import (
-    CompensatedGroupNorm,
-    CompensatedLayerNorm,
-    CompensatedRMSNorm,
-)
+from sapwood.minimize.modules.normalization import CompensatedLayerNorm, CompensatedRMSNorm
 
 __all__ = [
     "AppendOnes",

@@ -48,7 +48,9 @@ def normalise(
     """
     if torch.compiler.is_compiling():
         return normalise_composed(shifted, removed_square, removed, eps)
-    result: Normalised = _Normalise.apply(shifted, removed_square, removed, eps)
+    result: Normalised = _Normalise.apply(  # type: ignore[no-untyped-call]
+        shifted, removed_square, removed, eps
+    )
     return result
 
 
@@ -108,7 +110,9 @@ def root_mean_square(
     """
     if torch.compiler.is_compiling():
         return root_mean_square_composed(x, removed_square, removed, eps)
-    result: tuple[Tensor, Tensor] = _RootMeanSquare.apply(x, removed_square, removed, eps)
+    result: tuple[Tensor, Tensor] = _RootMeanSquare.apply(  # type: ignore[no-untyped-call]
+        x, removed_square, removed, eps
+    )
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,14 +212,15 @@ class RaggedAttention(nn.Module):
             is_causal=is_causal and hidden is None,
             scale=self.scale,
         )
-        output = self.out_proj(attended.transpose(1, 2).flatten(2))
+        output: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         if not batched:
             return output.squeeze(0), None
         return (output if self.batch_first else output.transpose(0, 1)), None
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         """(B, T, heads * d) -> (B, heads, T, d)."""
-        return x.unflatten(2, (heads, -1)).transpose(1, 2)
+        split: Tensor = x.unflatten(2, (heads, -1))
+        return split.transpose(1, 2)
 
     def _shared(self, x: Tensor) -> Tensor:
         """(B, kv_heads, T, d) -> (B, heads, T, d)."""
@@ -263,8 +264,8 @@ def _check_blocks(
             _check.fail(ValueError, where, "out", expected, out[head].shape[1])
 
 
-def _common(weights: Any, round_to: int) -> int:
-    widest = max(1, *(weight.shape[0] for weight in weights))
+def _common(weights: Iterable[Tensor], round_to: int) -> int:
+    widest = max([1, *(len(weight) for weight in weights)])
     return -(-widest // round_to) * round_to
 
 

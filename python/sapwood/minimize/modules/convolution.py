@@ -92,12 +92,13 @@ class BorderBias2d(nn.Conv2d):
         """(1, out_channels, output height, output width): what is added for this image size."""
         ones = self.taps.new_ones(1, 1, height, width)
         taps = self.taps[:, None]
-        return F.conv2d(ones, taps, None, self.stride, self.padding, self.dilation)
+        border: Tensor = F.conv2d(ones, taps, None, self.stride, self.padding, self.dilation)
+        return border
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in_channels, H, W) or (in_channels, H, W), as ``nn.Conv2d``."""
         border = self._cached(input.shape[-2], input.shape[-1])
-        y = self._conv_forward(input, self.weight, self.bias)
+        y: Tensor = self._conv_forward(input, self.weight, self.bias)
         # Autocast returns a narrower dtype, which the map follows.
         return y + (border if input.dim() == 4 else border[0]).to(y.dtype)
 
@@ -115,7 +116,7 @@ class BorderBias2d(nn.Conv2d):
         return {**self.__dict__, "_map": None}  # a copy makes its own
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, border_values={self.taps.numel()}"
+        return f"{nn.Conv2d.extra_repr(self)}, border_values={self.taps.numel()}"
 
 
 class AppendOnes(nn.Module):

@@ -1,4 +1,4 @@
-"""LayerNorm, RMSNorm and GroupNorm over channels of which some were removed as constants."""
+"""LayerNorm and RMSNorm over channels of which some were removed as constants."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from sapwood import _check
+from sapwood.minimize.modules._normalizing import (
+    Removed,
+    affine,
+    check_channels,
+    check_cover,
+    check_widths,
+    copy_affine,
+    statistics_dtype,
+)
 from sapwood.minimize.modules._statistics import normalise, root_mean_square
 
-__all__ = ["CompensatedGroupNorm", "CompensatedLayerNorm", "CompensatedRMSNorm"]
+__all__ = ["CompensatedLayerNorm", "CompensatedRMSNorm"]
 
 _TAILS = ("none", "mean", "both")
 
@@ -76,14 +85,14 @@ class CompensatedLayerNorm(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        _check_widths("CompensatedLayerNorm", kept, total)
+        check_widths("CompensatedLayerNorm", kept, total)
         _check.one_of("CompensatedLayerNorm", "tail", tail, _TAILS)
         self.kept, self.total, self.eps = kept, total, eps
         self.tail, self.channels_first = tail, channels_first
         kwargs = {"device": device, "dtype": dtype}
-        affine = elementwise_affine
-        self.weight = nn.Parameter(torch.ones(kept, **kwargs)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(kept, **kwargs)) if affine and bias else None
+        bias = bias and elementwise_affine
+        self.weight = nn.Parameter(torch.ones(kept, **kwargs)) if elementwise_affine else None
+        self.bias = nn.Parameter(torch.zeros(kept, **kwargs)) if bias else None
         self.register_buffer("removed_mean", torch.zeros((), **kwargs))
         self.register_buffer("removed_square", torch.zeros((), **kwargs))
 
@@ -115,7 +124,7 @@ class CompensatedLayerNorm(nn.Module):
                 channels.
         """
         width = _norm_width("CompensatedLayerNorm.from_norm", norm)
-        keep = _check_cover("CompensatedLayerNorm.from_norm", keep, constants, width)
+        keep = check_cover("CompensatedLayerNorm.from_norm", keep, constants, width)
         before = norm if isinstance(norm, CompensatedLayerNorm) else None
         like = norm.weight if norm.weight is not None else constants
         small = cls(
@@ -131,22 +140,28 @@ class CompensatedLayerNorm(nn.Module):
             device=like.device,
             dtype=like.dtype,
         )
-        mean, square = _merged(constants, before)
-        small.removed_mean.fill_(mean)
-        small.removed_square.fill_(square)
-        _copy_affine(norm, small, keep)
+        removed = Removed.of(constants).merged(before.removed if before else Removed())
+        small.removed_mean.fill_(removed.mean)
+        small.removed_square.fill_(removed.square)
+        copy_affine(norm, small, keep)
         return small.train(norm.training)
+
+    @property
+    def removed(self) -> Removed:
+        """The constants that the buffers describe."""
+        count = self.total - self.kept
+        return Removed(count, self.removed_mean.item(), self.removed_square.item())
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., kept) -> (..., kept + tail features); with ``channels_first`` along axis 1."""
         axis = 1 if self.channels_first else -1
-        _check_channels("CompensatedLayerNorm", input, axis, self.kept)
+        check_channels("CompensatedLayerNorm", input, axis, self.kept)
         x = input.movedim(1, -1) if self.channels_first else input
-        wide = _statistics_dtype(x)
+        wide = statistics_dtype(x)
         shifted = x.to(wide) - self.removed_mean.to(wide)
         removed = self.total - self.kept
         y, r, t = normalise(shifted, self.removed_square.to(wide), removed, self.eps)
-        y = _affine(y, self.weight, self.bias)
+        y = affine(y, self.weight, self.bias)
         if self.tail != "none":
             y = torch.cat((y, r, t) if self.tail == "both" else (y, t), -1)
         y = y.to(input.dtype)
@@ -209,7 +224,7 @@ class CompensatedRMSNorm(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        _check_widths("CompensatedRMSNorm", kept, total)
+        check_widths("CompensatedRMSNorm", kept, total)
         self.kept, self.total, self.eps, self.tail = kept, total, eps, tail
         kwargs = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.ones(kept, **kwargs)) if elementwise_affine else None
@@ -240,7 +255,7 @@ class CompensatedRMSNorm(nn.Module):
                 channels.
         """
         width = _norm_width("CompensatedRMSNorm.from_norm", norm)
-        keep = _check_cover("CompensatedRMSNorm.from_norm", keep, constants, width)
+        keep = check_cover("CompensatedRMSNorm.from_norm", keep, constants, width)
         before = norm if isinstance(norm, CompensatedRMSNorm) else None
         like = norm.weight if norm.weight is not None else constants
         small = cls(
@@ -254,17 +269,17 @@ class CompensatedRMSNorm(nn.Module):
         )
         earlier = before.removed_square.item() if before else 0.0
         small.removed_square.fill_(earlier + constants.double().square().sum().item())
-        _copy_affine(norm, small, keep)
+        copy_affine(norm, small, keep)
         return small.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., kept) -> (..., kept), or (..., kept + 1) with the tail."""
-        _check_channels("CompensatedRMSNorm", input, -1, self.kept)
-        wide = _statistics_dtype(input)
+        check_channels("CompensatedRMSNorm", input, -1, self.kept)
+        wide = statistics_dtype(input)
         eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
         square, removed = self.removed_square.to(wide), self.total - self.kept
         y, r = root_mean_square(input.to(wide), square, removed, eps)
-        y = _affine(y, self.weight, None)
+        y = affine(y, self.weight, None)
         return (torch.cat((y, r), -1) if self.tail else y).to(input.dtype)
 
     def extra_repr(self) -> str:
@@ -274,202 +289,11 @@ class CompensatedRMSNorm(nn.Module):
         )
 
 
-class CompensatedGroupNorm(nn.Module):
-    """GroupNorm of which every group lost the same number of channels, each of them a constant.
-
-    Example:
-        >>> import torch
-        >>> from sapwood.minimize import CompensatedGroupNorm
-        >>> norm = torch.nn.GroupNorm(2, 4)
-        >>> x = torch.randn(3, 4, 5, 5)
-        >>> x[:, 1], x[:, 2] = 0.5, -2.0                   # one constant channel in each group
-        >>> keep, constants = torch.tensor([0, 3]), torch.tensor([0.5, -2.0])
-        >>> small = CompensatedGroupNorm.from_norm(norm, keep, constants)
-        >>> torch.allclose(small(x[:, keep]), norm(x)[:, keep], atol=1e-6)
-        True
-
-    Args:
-        groups: the number of groups.
-        kept: channels of the input, a multiple of ``groups``.
-        total: channels of the original, a multiple of ``groups``, not below ``kept``.
-        eps: added to the variance.
-        affine: whether there are weight and bias.
-        device: as ``nn.GroupNorm``.
-        dtype: as ``nn.GroupNorm``.
-
-    The buffers ``removed_mean`` and ``removed_square`` ((groups,) each) start at 0.
-
-    Raises:
-        ValueError: if a width is out of range or does not divide by ``groups``; in ``forward``, if
-            axis 1 has not ``kept`` entries.
-
-    References:
-        Our derivation for the contract of Squeeze-Release, arXiv:2606.14346.
-    """
-
-    removed_mean: Tensor
-    removed_square: Tensor
-
-    def __init__(
-        self,
-        groups: int,
-        kept: int,
-        total: int,
-        eps: float = 1e-5,
-        *,
-        affine: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        where = "CompensatedGroupNorm"
-        _check_widths(where, kept, total)
-        for name, width in (("kept", kept), ("total", total)):
-            if groups < 1 or width % groups:
-                _check.fail(ValueError, where, name, f"be a multiple of groups {groups}", width)
-        self.groups, self.kept, self.total, self.eps = groups, kept, total, eps
-        kwargs = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.ones(kept, **kwargs)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(kept, **kwargs)) if affine else None
-        self.register_buffer("removed_mean", torch.zeros(groups, **kwargs))
-        self.register_buffer("removed_square", torch.zeros(groups, **kwargs))
-
-    @classmethod
-    def from_norm(
-        cls, norm: nn.GroupNorm | CompensatedGroupNorm, keep: Tensor, constants: Tensor
-    ) -> CompensatedGroupNorm:
-        """Removes further channels of a norm.
-
-        Args:
-            norm: the layer; its parameters are copied.
-            keep: (n_K,) integer, ascending, the same number from every group.
-            constants: (n_R,), the values of the other channels, in their order.
-
-        Returns:
-            The narrower norm, in the mode of ``norm``.
-
-        Raises:
-            ValueError: if ``keep`` and ``constants`` do not cover the channels, or the groups
-                would become uneven.
-        """
-        where = "CompensatedGroupNorm.from_norm"
-        before = norm if isinstance(norm, CompensatedGroupNorm) else None
-        groups, width, total = (
-            (before.groups, before.kept, before.total)
-            if before
-            else (norm.num_groups, norm.num_channels, norm.num_channels)  # type: ignore[union-attr]
-        )
-        keep = _check_cover(where, keep, constants, width)
-        removed = torch.ones(width, dtype=torch.bool)
-        removed[keep] = False
-        per_group = removed.view(groups, -1).sum(1)
-        if per_group.unique().numel() > 1:
-            expected = "take the same number of channels from every group"
-            _check.fail(ValueError, where, "keep", expected, (width // groups - per_group).tolist())
-        like = norm.weight if norm.weight is not None else constants
-        small = cls(
-            groups,
-            len(keep),
-            total,
-            norm.eps,
-            affine=norm.weight is not None,
-            device=like.device,
-            dtype=like.dtype,
-        )
-        for group, values in enumerate(constants.view(groups, -1)):
-            mean, square = _merged(values, before, group)
-            small.removed_mean[group] = mean
-            small.removed_square[group] = square
-        _copy_affine(norm, small, keep)
-        return small.train(norm.training)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(batch, kept, ...) -> the same shape."""
-        _check_channels("CompensatedGroupNorm", input, 1, self.kept)
-        wide = _statistics_dtype(input)
-        grouped = input.to(wide).reshape(input.shape[0], self.groups, -1)
-        places = input.shape[2:].numel()
-        shifted = grouped - self.removed_mean.to(wide)[:, None]
-        square = self.removed_square.to(wide)[:, None] * places
-        removed = (self.total - self.kept) // self.groups * places
-        y, _, _ = normalise(shifted, square, removed, self.eps)
-        y = y.reshape(input.shape[0], self.kept, places)
-        if self.weight is not None and self.bias is not None:
-            y = torch.addcmul(self.bias[:, None], y, self.weight[:, None])
-        return y.reshape(input.shape).to(input.dtype)
-
-    def extra_repr(self) -> str:
-        return (
-            f"groups={self.groups}, kept={self.kept}, total={self.total}, eps={self.eps}, "
-            f"affine={self.weight is not None}"
-        )
-
-
-def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is None:
-        return y
-    return y * weight if bias is None else torch.addcmul(bias, y, weight)
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-
-
-def _merged(
-    constants: Tensor, before: CompensatedLayerNorm | CompensatedGroupNorm | None, group: int = 0
-) -> tuple[float, float]:
-    """Mean and sum of squares about it of newly and earlier removed constants, in float64."""
-    values = constants.detach().double()
-    count = len(values)
-    mean = values.mean().item() if count else 0.0
-    square = (values - mean).square().sum().item()
-    if before is None:
-        return mean, square
-    groups = before.groups if isinstance(before, CompensatedGroupNorm) else 1
-    earlier = (before.total - before.kept) // groups
-    if earlier == 0:
-        return mean, square
-    old_mean = before.removed_mean.detach().double().view(-1)[group].item()
-    old_square = before.removed_square.detach().double().view(-1)[group].item()
-    both = count + earlier
-    between = count * earlier / both * (mean - old_mean) ** 2
-    return (count * mean + earlier * old_mean) / both, square + old_square + between
-
-
-def _copy_affine(norm: nn.Module, small: nn.Module, keep: Tensor) -> None:
-    for name in ("weight", "bias"):
-        source, target = getattr(norm, name, None), getattr(small, name, None)
-        if source is not None and target is not None:
-            index = keep.to(source.device)
-            setattr(small, name, nn.Parameter(source.detach()[index], source.requires_grad))
-
-
 def _norm_width(where: str, norm: nn.Module) -> int:
+    """Channels of a norm over one axis."""
     if isinstance(norm, (CompensatedLayerNorm, CompensatedRMSNorm)):
         return norm.kept
-    shape = getattr(norm, "normalized_shape", ())
+    shape: tuple[int, ...] = getattr(norm, "normalized_shape", ())
     if len(shape) != 1:
         _check.fail(ValueError, where, "norm", "normalise one axis", f"normalized_shape {shape}")
     return int(shape[0])
-
-
-def _check_widths(where: str, kept: int, total: int) -> None:
-    if kept < 1:
-        _check.fail(ValueError, where, "kept", "be at least 1", kept)
-    if total < kept:
-        _check.fail(ValueError, where, "total", f"not be below kept {kept}", total)
-
-
-def _check_cover(where: str, keep: Tensor, constants: Tensor, width: int) -> Tensor:
-    if len(keep) + len(constants) != width:
-        expected = f"have one entry for each of the {width - len(keep)} removed channels"
-        _check.fail(ValueError, where, "constants", expected, len(constants))
-    if len(keep) and not bool(((keep >= 0) & (keep < width)).all()):
-        _check.fail(ValueError, where, "keep", f"lie in [0, {width})", keep.tolist())
-    return keep.long()
-
-
-def _check_channels(where: str, x: Tensor, axis: int, kept: int) -> None:
-    if x.dim() <= max(axis, 0) or x.shape[axis] != kept:
-        expected = f"have {kept} channels on axis {axis}"
-        _check.fail(ValueError, where, "input", expected, f"shape {tuple(x.shape)}")
