@@ -1,5 +1,7 @@
 """Squeeze-Release: a masked network rewritten exactly into a smaller dense one."""
 
+from sapwood.minimize.api import analyze, minimize
+from sapwood.minimize.errors import MinimizeError
 from sapwood.minimize.modules import (
     AppendOnes,
     BorderBias2d,
@@ -11,15 +13,25 @@ from sapwood.minimize.modules import (
     InputSelect,
     RaggedAttention,
 )
+from sapwood.minimize.plan import ChannelGroup, Plan, Refusal
+from sapwood.minimize.report import MinimizeReport, Moved
 
 __all__ = [
     "AppendOnes",
     "BorderBias2d",
+    "ChannelGroup",
     "CompensatedGroupNorm",
     "CompensatedLayerNorm",
     "CompensatedRMSNorm",
     "HeadBlock",
     "IndexAdd",
     "InputSelect",
+    "MinimizeError",
+    "MinimizeReport",
+    "Moved",
+    "Plan",
     "RaggedAttention",
+    "Refusal",
+    "analyze",
+    "minimize",
 ]
