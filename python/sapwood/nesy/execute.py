@@ -1,0 +1,222 @@
+"""Runs plans on numbers: leaves, steps level by level, then the sum over paths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapwood import _check
+from sapwood.nesy import kernels
+from sapwood.nesy.expressions import Observed, Support
+from sapwood.nesy.kernels import Reduce
+from sapwood.nesy.plan import Group, Plan, Reference
+from sapwood.nesy.symbols import Leaf
+from sapwood.ops.logsemiring import logsumexp
+
+
+def log_sum(x: Tensor) -> Tensor:
+    """The log-sum-exp over the last dimension."""
+    return logsumexp(x, -1)
+
+
+class Places:
+    """Where values of data lie in a support, as a tensor computation."""
+
+    _known: dict[Support, Places] = {}
+
+    def __init__(self, support: Support) -> None:
+        self.first = support.first_integer
+        self.count = len(support)
+        numbers = [
+            (float(v), i) for i, v in enumerate(support.values) if isinstance(v, int | float)
+        ]
+        numbers.sort()
+        self._values = torch.tensor([v for v, _ in numbers], dtype=torch.float64)
+        self._places = torch.tensor([i for _, i in numbers], dtype=torch.int64)
+
+    @classmethod
+    def of(cls, support: Support) -> Places:
+        """The table of a support; the ones used are kept."""
+        found = cls._known.get(support)
+        if found is None:
+            if len(cls._known) >= 4096:
+                cls._known.clear()
+            found = cls._known[support] = cls(support)
+        return found
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(...) values to int64 places; those of no value are the number of values, or -1."""
+        if self.first is not None and not values.is_floating_point():
+            shifted = values.long() - self.first if self.first else values.long()
+            return shifted.clamp(-1, self.count)
+        if len(self._values) == 0:
+            return torch.full_like(values, self.count, dtype=torch.int64)
+        wide = values.double()
+        known = self._values.to(values.device)
+        near = torch.searchsorted(known, wide).clamp(max=len(known) - 1)
+        places = self._places.to(values.device)[near]
+        return torch.where(known[near] == wide, places, self.count)
+
+
+class Execution:
+    """One run of a plan.
+
+    Args:
+        plan: what to do.
+        leaves: by the numbers of the plan.
+        columns: the data.
+        batch: rows, or None for a program without rows.
+        dtype: of the weights; None for that of the networks.
+        reduce: sums over the last dimension.
+        prepare: applied to the weights of every slot of leaves.
+        copies: independent runs of each row, as more rows.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        leaves: Sequence[Leaf],
+        columns: Sequence[Observed],
+        batch: int | None,
+        dtype: torch.dtype | None = None,
+        *,
+        reduce: Reduce = log_sum,
+        prepare: Callable[[Tensor], Tensor] | None = None,
+        copies: int = 1,
+    ) -> None:
+        self.plan = plan
+        self.batch = batch
+        self._rows = (batch or 1) * copies
+        self._copies = copies
+        self._columns = columns
+        self._reduce = reduce
+        self._fast = reduce is log_sum
+        self._padded: dict[int, Tensor] = {}
+        self._looked_up: dict[tuple[int, Support], Tensor] = {}
+        self.slots = _leaf_slots(plan, leaves, batch, dtype)
+        self._device = self.slots[0].device if self.slots else torch.device("cpu")
+        self._dtype = self.slots[0].dtype if self.slots else dtype or torch.get_default_dtype()
+        if copies > 1:
+            rows = batch or 1
+            self.slots = [s.expand(-1, rows, -1).repeat_interleave(copies, 1) for s in self.slots]
+        if prepare is not None:
+            self.slots = [prepare(s) for s in self.slots]
+
+    def run(self) -> Tensor:
+        """The result: (B,), or (B, K) with the values of the result kept; no B without rows."""
+        for group in self.plan.groups:
+            self.slots.append(self._group(group))
+        parts = []
+        for path in self.plan.paths:
+            if path.result is not None:
+                kept = self.slots[path.result.slot][path.result.position]
+                parts.append(self._spread(kept, path.graph.supports, path.graph.kept))
+        if not parts:
+            size = 1 if self.plan.support is None else len(self.plan.support)
+            parts = [torch.full((1, size), -math.inf, dtype=self._dtype, device=self._device)]
+        total = parts[0]
+        if len(parts) > 1:
+            rows = max(p.shape[0] for p in parts)
+            total = self._reduce(torch.stack([p.expand(rows, -1) for p in parts], -1))
+        total = total.expand(self._rows, -1)
+        result = total if self.plan.support is not None else total.squeeze(-1)
+        return result[0] if self.batch is None and self._copies == 1 else result
+
+    def _spread(self, kept: Tensor, supports: list[Support], variables: Any) -> Tensor:
+        """The masses of one path's values at the places of all paths' values."""
+        whole = self.plan.support
+        if whole is None or supports[variables[0]] is whole:
+            return kept
+        places = [supports[variables[0]].index.get(v) for v in whole.values]
+        order = torch.tensor(
+            [kept.shape[-1] if p is None else p for p in places], device=kept.device
+        )
+        return kernels.pad(kept).index_select(-1, order)
+
+    def _group(self, group: Group) -> Tensor:
+        if group.kernel is None:
+            vector = self._operand(group.inputs[0], pad=False)
+            matrices = self._operand([refs[0] for refs in group.inputs[1:]], pad=False)
+            return kernels.scan(vector, matrices, self._reduce, fast=self._fast)
+        kernel = group.kernel
+        evidence = self._evidence(group) if group.columns else None
+        pad = kernels.needs_padding(kernel, fast=self._fast)
+        if group.inputs:
+            operands = [self._operand(refs, pad=pad) for refs in group.inputs]
+        else:
+            one = torch.zeros(1, 1, 1, dtype=self._dtype, device=self._device)
+            operands = [kernels.pad(one) if pad else one]
+        return kernels.run(kernel, operands, evidence, self._reduce, fast=self._fast)
+
+    def _operand(self, references: Sequence[Reference], *, pad: bool) -> Tensor:
+        """(G, B or 1, size): the instances of an operand, without a copy where they lie evenly."""
+        slots = {r.slot for r in references}
+        if len(slots) == 1:
+            whole = self._slot(references[0].slot, pad)
+            positions = [r.position for r in references]
+            step = positions[1] - positions[0] if len(positions) > 1 else 1
+            if step > 0 and positions == list(range(positions[0], positions[-1] + 1, step)):
+                if len(positions) == whole.shape[0]:
+                    return whole
+                return whole[positions[0] : positions[-1] + 1 : step]
+            return whole[positions]
+        parts = [self._slot(r.slot, pad)[r.position] for r in references]
+        rows = max(p.shape[0] for p in parts)
+        return torch.stack([p.expand(rows, -1) for p in parts])
+
+    def _slot(self, slot: int, pad: bool) -> Tensor:
+        if not pad:
+            return self.slots[slot]
+        found = self._padded.get(slot)
+        if found is None:
+            found = self._padded[slot] = kernels.pad(self.slots[slot])
+        return found
+
+    def _evidence(self, group: Group) -> Tensor:
+        """(G, B): the row of the step's tables for every instance and row."""
+        assert group.kernel is not None
+        total: Tensor | None = None
+        for instances, support, size in zip(
+            group.columns, group.supports, group.kernel.evidence, strict=True
+        ):
+            values = [self._columns[i].values for i in instances]
+            stacked = values[0].unsqueeze(0) if len(values) == 1 else torch.stack(values)
+            places = Places.of(support)(stacked).remainder(size)  # -1 becomes the last one
+            total = places if total is None else total * size + places
+        assert total is not None
+        return total if self._copies == 1 else total.repeat_interleave(self._copies, 1)
+
+
+def _leaf_slots(
+    plan: Plan, leaves: Sequence[Leaf], batch: int | None, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """(leaves, B or 1, entries) per slot; one call per source."""
+    found: dict[int, Tensor] = {}
+    order = sorted(
+        range(len(plan.slots)), key=lambda s: leaves[plan.slots[s][0]].source.name == "choice"
+    )
+    for slot in order:  # networks first: they decide the type and the device of constants
+        numbers = plan.slots[slot]
+        source = leaves[numbers[0]].source
+        columns = zip(*(leaves[n].inputs for n in numbers), strict=True)
+        inputs = [c[0] if len(c) == 1 else torch.cat(c) for c in columns]
+        some = next(iter(found.values()), None)
+        kind = dtype if some is None or source.name != "choice" else some.dtype
+        weights = source.log_weights(*inputs, dtype=kind)
+        if some is not None and source.name == "choice":
+            weights = weights.to(some.device)
+        depth = 1 + (source.parent_support is not None)
+        if weights.dim() == depth:
+            weights = weights.unsqueeze(0)
+        flat = weights.reshape(len(numbers), -1, math.prod(weights.shape[1:]))
+        if batch is not None and flat.shape[1] not in (1, batch):
+            _check.fail(
+                ValueError, f"nesy.{source.name}", "net's output", f"have {batch} rows per input",
+                flat.shape[1],
+            )  # fmt: skip
+        found[slot] = flat
+    return [found[s] for s in range(len(plan.slots))]
