@@ -1,5 +1,6 @@
 """Squeeze-Release: a masked network rewritten exactly into a smaller dense one."""
 
+from sapwood.minimize._cycle import Cycle, SqueezeReleaseResult
 from sapwood.minimize.api import analyze, minimize
 from sapwood.minimize.errors import MinimizeError
 from sapwood.minimize.modules import (
@@ -14,7 +15,9 @@ from sapwood.minimize.modules import (
     RaggedAttention,
 )
 from sapwood.minimize.plan import ChannelGroup, Plan, Refusal
+from sapwood.minimize.release import ReleasedTensor, ReleaseReport, release
 from sapwood.minimize.report import MinimizeReport, Moved
+from sapwood.minimize.squeeze_release import SqueezeRelease
 
 __all__ = [
     "AppendOnes",
@@ -23,6 +26,7 @@ __all__ = [
     "CompensatedGroupNorm",
     "CompensatedLayerNorm",
     "CompensatedRMSNorm",
+    "Cycle",
     "HeadBlock",
     "IndexAdd",
     "InputSelect",
@@ -32,6 +36,11 @@ __all__ = [
     "Plan",
     "RaggedAttention",
     "Refusal",
+    "ReleaseReport",
+    "ReleasedTensor",
+    "SqueezeRelease",
+    "SqueezeReleaseResult",
     "analyze",
     "minimize",
+    "release",
 ]
