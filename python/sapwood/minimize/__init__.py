@@ -16,8 +16,10 @@ from sapwood.minimize.modules import (
 )
 from sapwood.minimize.plan import ChannelGroup, Plan, Refusal
 from sapwood.minimize.release import ReleasedTensor, ReleaseReport, release
+from sapwood.minimize.remap import remap_optimizer
 from sapwood.minimize.report import MinimizeReport, Moved
 from sapwood.minimize.squeeze_release import SqueezeRelease
+from sapwood.minimize.storage import load, save
 
 __all__ = [
     "AppendOnes",
@@ -41,6 +43,9 @@ __all__ = [
     "SqueezeRelease",
     "SqueezeReleaseResult",
     "analyze",
+    "load",
     "minimize",
     "release",
+    "remap_optimizer",
+    "save",
 ]

@@ -137,7 +137,8 @@ class Analysis:
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: environment[n])
         args, kwargs = arguments
         if node.target is operator.getitem:
-            return args[0][args[1]]
+            sequence: Any = args[0]
+            return sequence[args[1]]
         values = map_facts(lambda facts: facts.value, arguments)
         value = node.target(*values[0], **values[1])  # type: ignore[operator]
         step = Step(self, node, tuple(args), dict(kwargs), value)

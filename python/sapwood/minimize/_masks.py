@@ -50,7 +50,7 @@ def materialised(model: nn.Module, masks: Mapping[str, Tensor] | None) -> nn.Mod
 
 
 def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy, also of modules that hold computed weights, as under ``torch.nn.utils.prune``."""
+    """A deep copy, also of modules that hold computed weights, as ``torch.nn.utils.prune`` does."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():
@@ -76,16 +76,17 @@ def _unmasked(module: nn.Module) -> nn.Module | None:
         return _with_gradients(module, module.to_linear())
     if type(module) is not MaskedConv2d:
         return None
+    masked: Any = module
     plain = nn.Conv2d(
-        module.in_channels,
-        module.out_channels,
-        module.kernel_size,
-        stride=module.stride,
-        padding=module.padding,
-        dilation=module.dilation,
-        groups=module.groups,
+        masked.in_channels,
+        masked.out_channels,
+        masked.kernel_size,
+        stride=masked.stride,
+        padding=masked.padding,
+        dilation=masked.dilation,
+        groups=masked.groups,
         bias=False,
-        padding_mode=module.padding_mode,
+        padding_mode=masked.padding_mode,
         device="meta",
     )
     plain.weight = nn.Parameter(torch.where(module.mask, module.weight.detach(), 0.0))

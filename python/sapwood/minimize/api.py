@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sapwood import _check
@@ -131,14 +131,13 @@ def _culprits(
     together is found too.
     """
     names = [g.name for g in outcome.groups() if len(g.kept) < g.width]
-    refused = {name: "not tried yet" for name in dict.fromkeys(names)}
+    refused = dict.fromkeys(names, "not tried yet")
     for name in list(refused):
-        reason = refused.pop(name)
+        del refused[name]
         trial = replace(options, refused={**options.refused, **refused})
         _, problem = _tried(exact, analysed(exact, inputs, trial), inputs)
         if problem is not None:
             refused[name] = problem
-        del reason
     return refused
 
 
@@ -218,6 +217,7 @@ def minimize(
         planned.plan,
         moved,
         track(old, new, moved),
+        [weakref.ref(p) for name, p in old.items() if name not in moved],
     )
     if inplace:
         model.__dict__.update(small.__dict__)

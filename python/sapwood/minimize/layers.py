@@ -125,7 +125,8 @@ class GroupedConvolution(Affine):
 
     def balance(self, holds: Holds) -> Tensor:
         """The channels that must stay so that all groups in use are equally wide."""
-        assert self.reads is not None and self.writes is not None
+        assert self.reads is not None
+        assert self.writes is not None
         reads, writes = self.reads.reshape(self.groups, -1), self.writes.reshape(self.groups, -1)
         used = holds(reads).any(1) | holds(writes).any(1)
         return torch.cat([_filled(atoms[used], holds) for atoms in (reads, writes)])

@@ -65,6 +65,7 @@ class MinimizeReport:
     tracked: dict[str, tuple[weakref.ref[Any], weakref.ref[Any]]] = field(
         default_factory=dict, repr=False, compare=False
     )
+    removed: list[weakref.ref[Any]] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def refusals(self) -> list[Refusal]:
@@ -113,7 +114,8 @@ def cost(model: nn.Module, inputs: Inputs) -> Cost:
         for buffer in module.buffers(recurse=False)
     ]
     stored = [*parameters, *model.buffers()]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # With gradients, since the fused inference paths of torch count no operations.
+    with FlopCounterMode(display=False) as counter, torch.enable_grad():
         fresh = inputs.map(lambda t: t.clone())
         model(*fresh.args, **fresh.kwargs)
     return Cost(

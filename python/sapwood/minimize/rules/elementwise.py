@@ -15,7 +15,7 @@ relu relu6 gelu silu tanh sigmoid hardswish hardsigmoid hardtanh elu celu selu l
 mish exp expm1 neg abs sqrt rsqrt square reciprocal log log1p erf sin cos logsigmoid log_sigmoid
 softshrink hardshrink softsign alias clone detach detach_ contiguous dropout feature_dropout
 alpha_dropout sign floor ceil round isnan isinf logical_not to _to_copy lift_fresh_copy
-""".split()
+"""
 _OVERLOADS = ("default", "dtype", "device", "other", "int")
 _BINARY = """
 add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Scalar rsub.Tensor div.Tensor div.Scalar
@@ -25,18 +25,17 @@ where.ScalarSelf masked_fill.Scalar masked_fill.Tensor threshold.default
 eq.Scalar eq.Tensor ne.Scalar ne.Tensor lt.Scalar lt.Tensor le.Scalar le.Tensor gt.Scalar gt.Tensor
 ge.Scalar ge.Tensor logical_and.default logical_or.default bitwise_and.Tensor bitwise_or.Tensor
 bitwise_not.default lerp.Scalar lerp.Tensor addcmul.default atan2.default fmod.Tensor
-""".split()
+"""
 #: What may be infinite for finite arguments, so that 0 times it need not be 0.
-_UNBOUNDED = "exp expm1 div reciprocal rsqrt log log1p pow atan2 matrix_exp tan cosh sinh".split()
+_UNBOUNDED = "exp expm1 div reciprocal rsqrt log log1p pow atan2 matrix_exp tan cosh sinh"
 
 
-@rule(*(f"aten.{name}.{overload}" for name in _UNARY for overload in _OVERLOADS))
-@rule(*(f"aten.{name}" for name in _BINARY))
-def pointwise(step: Step) -> Facts:
+@rule(*(f"aten.{name}.{overload}" for name in _UNARY.split() for overload in _OVERLOADS))
+@rule(*(f"aten.{name}" for name in _BINARY.split()))
+def pointwise(step: Step) -> Any:
     """Channels at the same place live and die together; the result is as live as its arguments."""
     if step.name in ("dropout", "feature_dropout", "alpha_dropout") and step.bound()["train"]:
-        result: Facts = opaque(step, f"{step.place} is in training mode")
-        return result
+        return opaque(step, f"{step.place} is in training mode")
     operands = [step.analysis.labelled(facts) for facts in step.facts()]
     kind = largest([align(facts.kind, step.value.dim()) for facts in operands])
     return _combined(step, operands, kind)
@@ -58,7 +57,7 @@ def product(step: Step) -> Facts:
 
 def _may_be_infinite(node: Any) -> bool:
     name = str(getattr(node, "target", "")).removeprefix("aten.").split(".")[0]
-    return name in _UNBOUNDED
+    return name in _UNBOUNDED.split()
 
 
 @rule("aten.prelu.default")

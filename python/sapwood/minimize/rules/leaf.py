@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from sapwood.minimize._facts import Facts, compress
 from sapwood.minimize._leaves import LEAF_OPERATION, Site, site_of
 from sapwood.minimize.layers import Selection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,15 +79,14 @@ def owner_of(name: str) -> str:
 
 
 @rule("aten.linear.default")
-def linear(step: Step) -> Facts:
+def linear(step: Step) -> Any:
     """Constants fold into the bias; a row that no reader uses goes, a row of zeros is its bias."""
     bound = step.bound()
     x, weight, bias = bound["input"], bound["weight"], bound["bias"]
     analysis = step.analysis
     trouble = analysis.trouble(weight, "the weight") or analysis.trouble(bias, "the bias")
     if trouble or weight.ndim != 2:
-        result: Facts = opaque(step, f"{step.place}: {trouble or 'weight is no matrix'}")
-        return result
+        return opaque(step, f"{step.place}: {trouble or 'weight is no matrix'}")
     x = analysis.labelled(x)
     view = channel_view(step, x, -1)
     connected = weight.value != 0
@@ -119,17 +119,15 @@ def linear(step: Step) -> Facts:
 
 
 @rule("aten.embedding.default")
-def embedding(step: Step) -> Facts:
+def embedding(step: Step) -> Any:
     """A column that is constant over the vocabulary is a constant channel."""
     weight = step.bound()["weight"]
     trouble = step.analysis.trouble(weight, "the table")
     if trouble:
-        result: Facts = opaque(step, f"{step.place}: {trouble}")
-        return result
+        return opaque(step, f"{step.place}: {trouble}")
     width = weight.shape[1]
     if width == 1:
-        result = opaque(step)
-        return result
+        return opaque(step)
     atoms = step.analysis.atoms.new(width, owner_of(weight.source))
     step.analysis.slot(weight.source, 1, atoms)
     same = (weight.value == weight.value[:1]).all(0)

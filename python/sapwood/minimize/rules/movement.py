@@ -19,15 +19,13 @@ repeat.default tile.default repeat_interleave.self_int flip.default split.Tensor
 split.sizes split_with_sizes.default unbind.int select.int slice.Tensor narrow.default
 broadcast_to.default expand_copy.default unfold.default view_as.default reshape_as.default
 channel_shuffle.default native_channel_shuffle.default index_select.default roll.default
-""".split()
+"""
 #: Operations that pick fixed indices of an axis; on a channel axis the indices would be wrong.
-_PICKING = (
-    "split split_with_sizes chunk unbind select slice narrow index_select roll unfold".split()
-)
+_PICKING = "split split_with_sizes chunk unbind select slice narrow index_select roll unfold"
 _SHUFFLES = ("channel_shuffle", "native_channel_shuffle")
 
 
-@rule(*(f"aten.{name}" for name in _FREE))
+@rule(*(f"aten.{name}" for name in _FREE.split()))
 def move(step: Step) -> Any:
     """Runs the operation on the atoms of the tensor in place of its values."""
     source = step.analysis.labelled(step.facts()[0])
@@ -78,7 +76,7 @@ def _movable(step: Step, source: Facts, field: Tensor) -> bool:
     bound = step.bound()
     if step.name in _SHUFFLES and 1 in varying(field):
         _unite_blocks(step, field, 1, source.shape[1] // bound["groups"])
-    if step.name not in _PICKING:
+    if step.name not in _PICKING.split():
         return True
     dim = next((bound[key] for key in ("dim", "dims", "dimension") if key in bound), 0)
     dims = [dim] if isinstance(dim, int) else list(dim)

@@ -1,5 +1,6 @@
 """Cutting tensors and replacing modules, step by step as a plan says."""
 
 from sapwood.minimize.surgery._operate import operate
+from sapwood.minimize.surgery._tensors import refresh
 
-__all__ = ["operate"]
+__all__ = ["operate", "refresh"]

@@ -38,7 +38,7 @@ def operate(source: nn.Module, edits: Iterable[Edit]) -> nn.Module:
 
 def _fold(source: nn.Module, target: nn.Module, edit: Edit) -> None:
     """Adds the constant columns' share to the bias."""
-    module = source.get_submodule(edit["module"])
+    module: Any = source.get_submodule(edit["module"])
     shifts = _weighted(module, edit)
     taps = shifts.reshape(len(shifts), -1).sum(1)
     bias = getattr(module, "bias", None)
@@ -46,9 +46,9 @@ def _fold(source: nn.Module, target: nn.Module, edit: Edit) -> None:
     assign(target, f"{edit['module']}.bias".lstrip("."), total)
 
 
-def _weighted(module: nn.Module, edit: Edit) -> Tensor:
+def _weighted(module: Any, edit: Edit) -> Tensor:
     """(out, *kernel): the sum over the removed columns of value times weight."""
-    weight = module.weight.detach().double()  # type: ignore[union-attr,operator]
+    weight = module.weight.detach().double()
     values = torch.tensor(edit["values"], dtype=torch.float64, device=weight.device)
     groups = getattr(module, "groups", 1)
     constants = weight.new_zeros(weight.shape[1] * groups)
@@ -70,7 +70,7 @@ def _groups(source: nn.Module, target: nn.Module, edit: Edit) -> None:
     """Cuts every group of a convolution by its own rows and columns."""
     name = edit["weight"]
     weight = fetch(target, name)
-    module = target.get_submodule(name.rpartition(".")[0])
+    module: Any = target.get_submodule(name.rpartition(".")[0])
     before = module.groups
     blocks = weight.reshape(before, -1, *weight.shape[1:])
     kept = [block for block in edit["groups"] if block["rows"]]
@@ -82,7 +82,7 @@ def _groups(source: nn.Module, target: nn.Module, edit: Edit) -> None:
 
 
 def _reindex(source: nn.Module, target: nn.Module, edit: Edit) -> None:
-    old = target.get_submodule(edit["module"])
+    old: Any = target.get_submodule(edit["module"])
     device = old.index.device
     new = InputSelect(torch.tensor(edit["index"], dtype=torch.int64, device=device), old.dim)
     replace_module(target, edit["module"], new.train(old.training))
@@ -126,7 +126,7 @@ def _ones(source: nn.Module, target: nn.Module, edit: Edit) -> None:
 
 
 def _select(source: nn.Module, target: nn.Module, edit: Edit) -> None:
-    layer = target.get_submodule(edit["module"])
+    layer: Any = target.get_submodule(edit["module"])
     index = torch.tensor(edit["index"], dtype=torch.int64, device=layer.weight.device)
     wrapped = nn.Sequential(InputSelect(index), layer).train(layer.training)
     replace_module(target, edit["module"], wrapped)

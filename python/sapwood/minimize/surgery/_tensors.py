@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ def fetch(model: nn.Module, name: str) -> Tensor:
 def assign(model: nn.Module, name: str, value: Tensor) -> None:
     """Puts a tensor in the place of a parameter or buffer, wherever the model refers to it."""
     path, _, key = name.rpartition(".")
-    module = model.get_submodule(path)
+    module: Any = model.get_submodule(path)
     old = getattr(module, key)
     if key in module._buffers:
         setattr(module, key, value.to(old))
