@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from sapwood.nesy import kernels
 from sapwood.nesy.expressions import Observed, Support
 from sapwood.nesy.kernels import Reduce
 from sapwood.nesy.plan import Group, Plan, Reference
-from sapwood.nesy.symbols import Leaf
+from sapwood.nesy.symbols import Leaf, Listed
 from sapwood.ops.logsemiring import logsumexp
 
 
@@ -26,7 +26,7 @@ def log_sum(x: Tensor) -> Tensor:
 class Places:
     """Where values of data lie in a support, as a tensor computation."""
 
-    _known: dict[Support, Places] = {}
+    _known: ClassVar[dict[Support, Places]] = {}
 
     def __init__(self, support: Support) -> None:
         self.first = support.first_integer
@@ -196,18 +196,16 @@ def _leaf_slots(
 ) -> list[Tensor]:
     """(leaves, B or 1, entries) per slot; one call per source."""
     found: dict[int, Tensor] = {}
-    order = sorted(
-        range(len(plan.slots)), key=lambda s: leaves[plan.slots[s][0]].source.name == "choice"
-    )
-    for slot in order:  # networks first: they decide the type and the device of constants
+    listed = [isinstance(leaves[numbers[0]].source, Listed) for numbers in plan.slots]
+    for slot in sorted(range(len(listed)), key=listed.__getitem__):  # networks decide the type
         numbers = plan.slots[slot]
         source = leaves[numbers[0]].source
         columns = zip(*(leaves[n].inputs for n in numbers), strict=True)
         inputs = [c[0] if len(c) == 1 else torch.cat(c) for c in columns]
         some = next(iter(found.values()), None)
-        kind = dtype if some is None or source.name != "choice" else some.dtype
+        kind = some.dtype if listed[slot] and some is not None else dtype
         weights = source.log_weights(*inputs, dtype=kind)
-        if some is not None and source.name == "choice":
+        if some is not None and listed[slot]:
             weights = weights.to(some.device)
         depth = 1 + (source.parent_support is not None)
         if weights.dim() == depth:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -30,7 +30,7 @@ Indices = NDArray[np.int64]
 class Support:
     """Distinct values in a fixed order; equal supports are the same object."""
 
-    _known: WeakValueDictionary[tuple[Hashable, ...], Support] = WeakValueDictionary()
+    _known: ClassVar[WeakValueDictionary[tuple[Hashable, ...], Support]] = WeakValueDictionary()
 
     values: tuple[Any, ...]
     index: dict[Any, int]

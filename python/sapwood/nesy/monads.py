@@ -168,7 +168,7 @@ class FiniteMonad(Monad):
     def from_logs(self, values: Sequence[Any], logs: Sequence[float]) -> Weights:
         if self.semiring in (LOG, MAX_PLUS):
             return self._collect(values, logs)
-        return super().from_logs(values, logs)
+        return self.from_probabilities(values, [math.exp(w) for w in logs])
 
     def from_set(self, values: Sequence[Any]) -> Weights:
         if self.semiring is not BOOLEAN:

@@ -24,8 +24,8 @@ from sapwood.nesy.symbols import (
     ContinuousLeaf,
     Guard,
     Leaf,
+    Listed,
     NondetLeaf,
-    _Listed,
     checked_probabilities,
 )
 
@@ -65,7 +65,7 @@ class Rows:
         self.batch = size
 
     def weights(self, leaf: Leaf) -> list[Any]:
-        """Log weights as nested lists: rows if there are inputs, then the parent if there is one."""
+        """Log weights as nested lists: rows if there are inputs, then the parent if any."""
         key = (leaf.source.key, *map(identity, leaf.inputs))
         if key not in self._weights:
             with torch.no_grad():
@@ -124,7 +124,7 @@ class _Row:
         raise TypeError(f"sapwood.nesy: {type(leaf).__name__} must be a draw")
 
     def _source(self, leaf: Leaf, monad: Monad) -> Any:
-        if isinstance(leaf.source, _Listed):
+        if isinstance(leaf.source, Listed):
             return monad.from_probabilities(leaf.source.support.values, leaf.source.rows[0])
         for tensor in leaf.inputs:
             if leaf.batched:

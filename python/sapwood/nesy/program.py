@@ -22,7 +22,6 @@ from sapwood.nesy.execute import Execution
 from sapwood.nesy.expressions import Constant, is_boolean
 from sapwood.nesy.monads import (
     Batch,
-    Dist,
     FiniteMonad,
     GirySampler,
     LogTens,

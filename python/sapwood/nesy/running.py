@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from sapwood.nesy.errors import TraceError
@@ -21,7 +22,7 @@ def run(program: Program, answer: Callable[[Step], Any]) -> Any:
     Programs that it yields run in place. Errors of the user's code come through as they are.
     """
     started = program.start()
-    if not isinstance(started, Generator):
+    if not isinstance(started, GeneratorType):
         return started
     try:
         item = next(started)
@@ -42,7 +43,7 @@ def run(program: Program, answer: Callable[[Step], Any]) -> Any:
         started.close()
 
 
-def where(generator: Generator[Any, Any, Any]) -> str:
+def where(generator: GeneratorType[Any, Any, Any]) -> str:
     """The place in a user's file where a generator stands."""
     frame = generator.gi_frame
     if frame is None:

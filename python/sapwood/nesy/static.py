@@ -150,5 +150,5 @@ def _view(tensor: Tensor, arguments: list[Tensor]) -> _View | None:
                 and tensor.shape == argument.shape
                 and tensor.stride() == argument.stride()
             )
-            return _View(number, offset, tuple(tensor.shape), tensor.stride(), whole)
+            return _View(number, int(offset), tuple(tensor.shape), tensor.stride(), whole)
     return None

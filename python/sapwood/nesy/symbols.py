@@ -72,10 +72,10 @@ class ChoiceLeaf:
         """The leaf, its parent the tuple of probabilities where one is an expression."""
         plain = [p.value if isinstance(p, Constant) else p for p in self.probabilities]
         if not any(isinstance(p, Expr) for p in plain):
-            return Leaf(_Listed(self.support, (checked_probabilities(plain),)))
+            return Leaf(Listed(self.support, (checked_probabilities(plain),)))
         parent = as_tuple(plain)
         rows = tuple(checked_probabilities(row) for row in parent.support.values)
-        return Leaf(_Listed(self.support, rows, parent.support), (), parent)
+        return Leaf(Listed(self.support, rows, parent.support), (), parent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ def checked_probabilities(values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(values)
 
 
-class _Listed:
+class Listed:
     """Numbers, one row per value of the parent."""
 
     name = "choice"
@@ -381,11 +381,11 @@ class Conditional(_Neural):
         *,
         name: str | None = None,
     ) -> None:
-        is_net = isinstance(table_or_net, nn.Module)
-        super().__init__(table_or_net if is_net else nn.Identity(), support, name)
+        net = table_or_net if isinstance(table_or_net, nn.Module) else nn.Identity()
+        super().__init__(net, support, name)
         self.parent_support = checked_support(parent_support)
         self.table: Tensor | None = None
-        if not is_net:
+        if not isinstance(table_or_net, nn.Module):
             self._store(table_or_net)
 
     def _store(self, log_table: Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -367,9 +367,9 @@ def equal_to_data(expression: Expr) -> tuple[Expr, Observed] | None:
 
 def conjuncts(expression: Expr) -> Iterator[Expr]:
     """What has to be true for an expression to be true."""
-    if isinstance(expression, Apply) and expression.function is AND:
-        if all(map(is_boolean, expression.arguments)):
-            for argument in expression.arguments:
-                yield from conjuncts(argument)
-            return
+    both = isinstance(expression, Apply) and expression.function is AND
+    if both and all(map(is_boolean, cast(Apply, expression).arguments)):
+        for argument in cast(Apply, expression).arguments:
+            yield from conjuncts(argument)
+        return
     yield expression
