@@ -22,12 +22,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from cifar10 import Batches
 from torch import Tensor, nn
 
 from sapwood import models
@@ -36,27 +37,6 @@ from sapwood.minimize import Cycle, SqueezeRelease
 from sapwood.pruning import MaskSet, TrainConfig
 
 Pair = tuple[Tensor, Tensor]
-
-
-class Flipped:
-    """Shuffled batches of images, half of them mirrored.
-
-    One draw from torch's generator decides an epoch, so that a run is repeatable.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int) -> None:
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Pair]:
-        order = torch.randperm(len(self.labels))
-        mirrored = torch.rand(len(self.labels)) < 0.5
-        for index in order.split(self.batch_size):
-            images = self.images[index]
-            flip = mirrored[index].view(-1, *[1] * (images.dim() - 1))
-            yield torch.where(flip, images.flip(-1), images), self.labels[index]
 
 
 def read(arguments: argparse.Namespace) -> tuple[Dataset, Pair, Pair]:
@@ -76,11 +56,13 @@ def read(arguments: argparse.Namespace) -> tuple[Dataset, Pair, Pair]:
 
 
 def batches(arguments: argparse.Namespace, data: Dataset, train: Pair) -> Any:
-    """What training sees: the pair itself, or mirrored images."""
+    """What training sees: the pair itself, or images that are cropped and mirrored."""
     if arguments.task != "cifar10":
         return train
     assert data.image_shape is not None
-    return Flipped(train[0].unflatten(1, data.image_shape), train[1], arguments.batch_size)
+    images = train[0].unflatten(1, data.image_shape)
+    device = config(arguments).resolve_device()
+    return Batches(images, train[1], arguments.batch_size, device, augment=True)
 
 
 def widths(network: nn.Module) -> dict[str, list[int]]:

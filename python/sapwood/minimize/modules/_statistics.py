@@ -25,9 +25,10 @@ def normalise_composed(
     """Differentiated by autograd; what compilers and exporters see."""
     kept = shifted.shape[-1]
     total = kept + removed
-    variance, mean = torch.var_mean(shifted, -1, correction=0, keepdim=True)
+    mean = shifted.mean(-1, keepdim=True)
+    within = (shifted - mean).square().sum(-1, keepdim=True)
     between = (kept * removed / total) * mean.square()
-    r = torch.rsqrt((kept * variance + removed_square + between) / total + eps)
+    r = torch.rsqrt((within + removed_square + between) / total + eps)
     mu = (kept / total) * mean
     return (shifted - mu) * r, r, -mu * r
 
