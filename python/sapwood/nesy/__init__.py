@@ -16,6 +16,17 @@ from __future__ import annotations
 
 from sapwood.nesy import mnist_add, syntax
 from sapwood.nesy.algebra import LP, Algebra, Bool, Godel, LPValue, Lukasiewicz, Product
+from sapwood.nesy.draws import (
+    bernoulli,
+    choice,
+    continuous,
+    guard,
+    nondet,
+    normal,
+    observed,
+    table,
+    uniform,
+)
 from sapwood.nesy.errors import TiltError, TraceError, UnsupportedMonadError
 from sapwood.nesy.giry import Estimate
 from sapwood.nesy.monads import (
@@ -33,21 +44,7 @@ from sapwood.nesy.monads import (
 from sapwood.nesy.posterior import MAP, FiniteDistribution
 from sapwood.nesy.program import Program, bind, do, fmap, unit, zip_with
 from sapwood.nesy.quantifiers import exists, forall, loss
-from sapwood.nesy.symbols import (
-    Categorical,
-    Conditional,
-    TwoSided,
-    Weighted,
-    bernoulli,
-    choice,
-    continuous,
-    guard,
-    nondet,
-    normal,
-    observed,
-    table,
-    uniform,
-)
+from sapwood.nesy.symbols import Categorical, Conditional, TwoSided, Weighted
 from sapwood.nesy.syntax import Interpretation, truth
 
 __all__ = [

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from sapwood.nesy import kernels
-from sapwood.nesy.expressions import Indices
 from sapwood.nesy.factors import Graph, Map, Weight
 from sapwood.nesy.kernels import Kernel, Operand, Shape
+from sapwood.nesy.supports import Indices
 
-_FREE = (0, 0, 0, 0)
+_FREE = (0, 0, 0, 0, 0)
+#: Steps of fewer terms cost the same: what counts then is how many of them run side by side.
+_SMALL = 256
 #: A step with more combinations of evidence than this looks at its columns one by one.
 _EVIDENCE = 4096
 
@@ -56,7 +58,7 @@ class _Closure:
     scope: set[int]
     determined: set[int]
     eliminated: set[int]
-    cost: tuple[int, int, int, int]
+    cost: tuple[int, int, int, int, int]
 
 
 class TableCache:
@@ -105,8 +107,8 @@ class Eliminator:
     """Sums variables out, the cheapest first.
 
     The cost is the number of terms, or of results where that is more. When a variable goes, so does
-    everything that only its step still needs. Of equal costs the step that waits for fewer others
-    comes first, so that steps can run side by side; then the one with the smaller joint, then the
+    everything that only its step still needs. Among small steps those that wait for no other come
+    first, so that they can run side by side. Of equal costs the smaller joint comes first, then the
     order of the program decides. Before, functions of functions are composed where this makes no
     table larger.
     """
@@ -164,7 +166,12 @@ class Eliminator:
         items = set(self._touching[variable])
         scope = {variable}.union(*(self._items[i].scope for i in items))
         near = set().union(*(self._touching[v] for v in scope))
-        items |= {i for i in near - items if self._items[i].scope <= scope}
+        level = max((self._items[i].level for i in items), default=0)
+        items |= {
+            i
+            for i in near - items
+            if self._items[i].scope <= scope and self._items[i].level <= level
+        }
         return self._closed(items, scope, variable)
 
     def _closed(self, items: set[int], scope: set[int], variable: int) -> _Closure:
@@ -176,8 +183,9 @@ class Eliminator:
         agree = math.prod(self._sizes[v] for v in determined if v in known)
         result = math.prod(self._sizes[v] for v in scope - gone if v not in known)
         cost = max(-(-joint // agree), result)  # evidence leaves about so many terms
-        level = max((self._items[i].level for i in items), default=0)
-        return _Closure(items, scope, determined, gone, (cost, level, joint, variable))
+        waits = int(any(self._items[i].level for i in items))
+        size = cost if cost > _SMALL else 0
+        return _Closure(items, scope, determined, gone, (size, waits, cost, joint, variable))
 
     def _eliminate(self, closure: _Closure) -> set[int]:
         """Carries out one elimination; returns the variables whose costs may have changed."""

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sapwood import _check
 from sapwood.nesy import kernels
-from sapwood.nesy.expressions import Observed, Support
+from sapwood.nesy.draws import Leaf, Listed
+from sapwood.nesy.expressions import Observed
 from sapwood.nesy.kernels import Reduce
-from sapwood.nesy.plan import Group, Plan, Reference
-from sapwood.nesy.symbols import Leaf, Listed
+from sapwood.nesy.plan import Access, Group, Plan
+from sapwood.nesy.supports import Support
 from sapwood.ops.logsemiring import logsumexp
 
 
@@ -95,8 +96,6 @@ class Execution:
         self._columns = columns
         self._reduce = reduce
         self._fast = reduce is log_sum
-        self._padded: dict[int, Tensor] = {}
-        self._looked_up: dict[tuple[int, Support], Tensor] = {}
         self.slots = _leaf_slots(plan, leaves, batch, dtype)
         self._device = self.slots[0].device if self.slots else torch.device("cpu")
         self._dtype = self.slots[0].dtype if self.slots else dtype or torch.get_default_dtype()
@@ -131,50 +130,36 @@ class Execution:
         whole = self.plan.support
         if whole is None or supports[variables[0]] is whole:
             return kept
-        places = [supports[variables[0]].index.get(v) for v in whole.values]
-        order = torch.tensor(
-            [kept.shape[-1] if p is None else p for p in places], device=kept.device
+        places = torch.tensor(
+            [whole.index[v] for v in supports[variables[0]].values], device=kept.device
         )
-        return kernels.pad(kept).index_select(-1, order)
+        empty = kept.new_full((kept.shape[0], len(whole)), -math.inf)
+        return empty.index_copy(-1, places, kept)
 
     def _group(self, group: Group) -> Tensor:
+        operands = [self._operand(access) for access in group.access]
         if group.kernel is None:
-            vector = self._operand(group.inputs[0], pad=False)
-            matrices = self._operand([refs[0] for refs in group.inputs[1:]], pad=False)
+            vector, matrices = operands
             return kernels.scan(vector, matrices, self._reduce, fast=self._fast)
-        kernel = group.kernel
         evidence = self._evidence(group) if group.columns else None
-        pad = kernels.needs_padding(kernel, fast=self._fast)
-        if group.inputs:
-            operands = [self._operand(refs, pad=pad) for refs in group.inputs]
-        else:
-            one = torch.zeros(1, 1, 1, dtype=self._dtype, device=self._device)
-            operands = [kernels.pad(one) if pad else one]
-        return kernels.run(kernel, operands, evidence, self._reduce, fast=self._fast)
+        if not operands:
+            operands = [torch.zeros(1, 1, 1, dtype=self._dtype, device=self._device)]
+        lead = [x.shape[:-1] for x in operands]
+        if evidence is not None:
+            lead.append(evidence.shape)
+        if any(shape != lead[0] for shape in lead[1:]):
+            rows = (max(shape[0] for shape in lead), max(shape[1] for shape in lead))
+            operands = [x.expand(*rows, -1) for x in operands]
+        return kernels.run(group.kernel, operands, evidence, self._reduce, fast=self._fast)
 
-    def _operand(self, references: Sequence[Reference], *, pad: bool) -> Tensor:
+    def _operand(self, access: Access) -> Tensor:
         """(G, B or 1, size): the instances of an operand, without a copy where they lie evenly."""
-        slots = {r.slot for r in references}
-        if len(slots) == 1:
-            whole = self._slot(references[0].slot, pad)
-            positions = [r.position for r in references]
-            step = positions[1] - positions[0] if len(positions) > 1 else 1
-            if step > 0 and positions == list(range(positions[0], positions[-1] + 1, step)):
-                if len(positions) == whole.shape[0]:
-                    return whole
-                return whole[positions[0] : positions[-1] + 1 : step]
-            return whole[positions]
-        parts = [self._slot(r.slot, pad)[r.position] for r in references]
+        if access.slot is not None:
+            whole = self.slots[access.slot]
+            return whole if access.places is None else whole[access.places]
+        parts = [self.slots[r.slot][r.position] for r in access.references]
         rows = max(p.shape[0] for p in parts)
         return torch.stack([p.expand(rows, -1) for p in parts])
-
-    def _slot(self, slot: int, pad: bool) -> Tensor:
-        if not pad:
-            return self.slots[slot]
-        found = self._padded.get(slot)
-        if found is None:
-            found = self._padded[slot] = kernels.pad(self.slots[slot])
-        return found
 
     def _evidence(self, group: Group) -> Tensor:
         """(G, B): the row of the step's tables for every instance and row."""

@@ -11,18 +11,8 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from sapwood.nesy.errors import TraceError
-from sapwood.nesy.expressions import (
-    EQUAL,
-    Apply,
-    Constant,
-    Expr,
-    Function,
-    Indices,
-    Observed,
-    Support,
-    Variable,
-    tabulate,
-)
+from sapwood.nesy.expressions import EQUAL, Apply, Constant, Expr, Observed, Variable
+from sapwood.nesy.supports import Function, Indices, Support, tabulate
 from sapwood.nesy.trace import Keys, Path, conjuncts, equal_to_data
 
 _LONGEST_NAME = 40

@@ -17,21 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sapwood import _check
+from sapwood.nesy.draws import ChoiceLeaf, ContinuousLeaf, Guard, Leaf
 from sapwood.nesy.errors import UnsupportedMonadError
-from sapwood.nesy.expressions import (
-    TRUTH,
-    Constant,
-    Expr,
-    Function,
-    Observed,
-    Support,
-    as_expr,
-    evaluate,
-    forcing,
-)
+from sapwood.nesy.expressions import TRUTH, Constant, Expr, Observed, as_expr, evaluate, forcing
 from sapwood.nesy.oracle import Rows
 from sapwood.nesy.running import Step, run
-from sapwood.nesy.symbols import ChoiceLeaf, ContinuousLeaf, Guard, Leaf
+from sapwood.nesy.supports import Function, Support
 
 if TYPE_CHECKING:
     from sapwood.nesy.program import Program

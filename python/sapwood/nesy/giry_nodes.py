@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
+from sapwood.nesy.draws import ContinuousLeaf
 from sapwood.nesy.errors import UnsupportedMonadError
-from sapwood.nesy.symbols import ContinuousLeaf
 
 
 def normal(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sapwood import _check
+from sapwood.nesy.draws import Leaf
 from sapwood.nesy.execute import Places, log_sum
 from sapwood.nesy.factors import Graph
 from sapwood.nesy.plan import Query, graph_of
-from sapwood.nesy.symbols import Leaf
 from sapwood.nesy.trace import Keys, Trace
 
 _MOST_ENTRIES = 10**8

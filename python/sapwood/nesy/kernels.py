@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sapwood.nesy.expressions import Indices
+from sapwood.nesy import listed
+from sapwood.nesy.supports import Indices
 from sapwood.ops.logsemiring import SegmentPlan, log_conv, log_einsum, log_scan, segment_logsumexp
 
 #: Sums over the last dimension.
@@ -70,15 +70,18 @@ class Shape:
 
 @dataclass
 class Kernel:
-    """A step made ready to run."""
+    """A step made ready to run.
+
+    ``table`` (E, operands * kept_size * width) holds, per row of evidence, the places of all terms
+    in the operands laid end to end, followed by one entry of -inf for the empty places of a list.
+    """
 
     shape: Shape
     kind: str  # gather, segments, einsum, convolution
     evidence: tuple[int, ...]  # per column the number of values, and one more for unknown ones
     kept_size: int
     width: int  # padded length of the lists
-    indices: list[Tensor] = field(default_factory=list)  # per operand (E, kept_size * width)
-    padded: bool = True
+    table: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     segments: SegmentPlan | None = None
     places: list[Tensor] = field(default_factory=list)  # per operand (entries,), for segments
     equation: str = ""
@@ -129,13 +132,15 @@ def _list(kernel: Kernel, group: Indices, places: Sequence[Indices]) -> None:
     order = np.argsort(group, kind="stable")
     starts = np.cumsum(lengths) - lengths
     within = np.arange(len(group)) - starts[group[order]]
-    used = groups * kernel.width
-    kernel.padded = len(group) < used
-    for operand, place in zip(kernel.shape.operands, places, strict=True):
-        table = np.full((groups, kernel.width), operand.size, dtype=np.int64)
-        table[group[order], within] = place[order]
-        flat = table.reshape(math.prod(kernel.evidence), -1)
-        kernel.indices.append(torch.from_numpy(flat))
+    total = sum(operand.size for operand in kernel.shape.operands)
+    table = np.full((groups, len(places), kernel.width), total, dtype=np.int64)
+    first = 0
+    for number, (operand, place) in enumerate(zip(kernel.shape.operands, places, strict=True)):
+        table[group[order], number, within] = first + place[order]
+        first += operand.size
+    by_evidence = table.reshape(math.prod(kernel.evidence), kernel.kept_size, len(places), -1)
+    flat = by_evidence.transpose(0, 2, 1, 3).reshape(len(by_evidence), -1)
+    kernel.table = torch.from_numpy(np.ascontiguousarray(flat))
 
 
 def _choose(kernel: Kernel, group: Indices, places: Sequence[Indices]) -> None:
@@ -150,7 +155,7 @@ def _choose(kernel: Kernel, group: Indices, places: Sequence[Indices]) -> None:
             kept = "".join(letters[v] for v in shape.kept)
             kernel.kind, kernel.equation = "einsum", f"{','.join(terms)}->...{kept}"
             return
-    if plain and _is_convolution(kernel, places):
+    if plain and _is_convolution(kernel, group, places):
         kernel.kind = "convolution"
     elif kernel.entries > _PADDING * len(group) and len(group) > 0:
         kernel.kind = "segments"
@@ -158,7 +163,7 @@ def _choose(kernel: Kernel, group: Indices, places: Sequence[Indices]) -> None:
         kernel.places = [torch.from_numpy(p) for p in places]
 
 
-def _is_convolution(kernel: Kernel, places: Sequence[Indices]) -> bool:
+def _is_convolution(kernel: Kernel, group: Indices, places: Sequence[Indices]) -> bool:
     """Whether the step is the distribution of v + w, both of consecutive integers."""
     shape = kernel.shape
     if len(shape.maps) != 1 or len(shape.operands) != 2 or len(shape.base) != 2:
@@ -171,25 +176,7 @@ def _is_convolution(kernel: Kernel, places: Sequence[Indices]) -> bool:
     output, arguments, _ = shape.maps[0]
     if shape.kept != (output,) or set(arguments) != set(shape.base):
         return False
-    widths = np.arange(first.size)[:, None] + np.arange(second.size)
-    order = np.lexsort((places[1], places[0]))
-    found = torch.full((first.size * second.size,), -1, dtype=torch.long).numpy()
-    sums = _group_of(kernel)
-    for place in order:
-        found[places[0][place] * second.size + places[1][place]] = sums[place]
-    return bool((found == widths.ravel()).all())
-
-
-def _group_of(kernel: Kernel) -> Indices:
-    """The kept place of every entry, read back from the lists of the first operand."""
-    table = kernel.indices[0].view(kernel.kept_size, kernel.width).numpy()
-    other = kernel.indices[1].view(kernel.kept_size, kernel.width).numpy()
-    second = kernel.shape.operands[1].size
-    sums = np.full(kernel.shape.operands[0].size * second, -1, dtype=np.int64)
-    rows = np.repeat(np.arange(kernel.kept_size), kernel.width).reshape(table.shape)
-    real = table < kernel.shape.operands[0].size
-    sums[table[real] * second + other[real]] = rows[real]
-    return sums
+    return len(group) == first.size * second.size and bool((group == places[0] + places[1]).all())
 
 
 def run(
@@ -204,37 +191,19 @@ def run(
 
     Args:
         kernel: the step.
-        operands: each (G, B or 1, size), flat over its variables; where :func:`needs_padding`,
-            with one more entry of -inf.
+        operands: each (G, B, size), flat over its variables.
         evidence: (G, B) int64, the row of the tables, if the step has columns.
         reduce: sums over the last dimension.
         fast: whether ``reduce`` is the log-sum-exp, so that a faster op may do the same.
 
     Returns:
-        (G, B or 1, kept_size).
+        (G, B, kept_size).
     """
-    if fast and kernel.kind != "gather":
-        return _run_fast(kernel, operands)
-    if evidence is None:
-        picked = [x.index_select(-1, i[0]) for x, i in zip(operands, kernel.indices, strict=True)]
-    else:
-        shape = (*evidence.shape, kernel.entries)
-        flat = evidence.reshape(-1)
-        picked = [
-            x.expand(*evidence.shape, -1).gather(-1, i.index_select(0, flat).view(shape))
-            for x, i in zip(operands, kernel.indices, strict=True)
-        ]
-    total = picked[0]
-    for other in picked[1:]:
-        total = total + other
-    if kernel.width == 1:
-        return total
-    return reduce(total.view(*total.shape[:-1], kernel.kept_size, kernel.width))
-
-
-def needs_padding(kernel: Kernel, *, fast: bool) -> bool:
-    """Whether the lists of a step have empty places."""
-    return kernel.padded and not (fast and kernel.kind != "gather")
+    if not fast:
+        return reduce(listed.terms(kernel, evidence, operands))
+    if kernel.kind == "gather":
+        return listed.log_sum(kernel, evidence, operands)
+    return _run_fast(kernel, operands)
 
 
 def _run_fast(kernel: Kernel, operands: Sequence[Tensor]) -> Tensor:
@@ -267,8 +236,3 @@ def scan(vector: Tensor, matrices: Tensor, reduce: Reduce, *, fast: bool) -> Ten
     for step in steps:  # (B, k, k)
         state = reduce((state[..., None] + step).transpose(-1, -2))
     return state.unsqueeze(0)
-
-
-def pad(x: Tensor) -> Tensor:
-    """Adds an entry of -inf at the end."""
-    return F.pad(x, (0, 1), value=-math.inf)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from sapwood import _check
 from sapwood.data import Dataset, load_digits, load_mnist
+from sapwood.nesy.draws import guard, observed
 from sapwood.nesy.program import Do, Program, do
 from sapwood.nesy.quantifiers import loss
-from sapwood.nesy.symbols import Categorical, guard, observed
+from sapwood.nesy.symbols import Categorical
 
 _MNIST_MEAN, _MNIST_DEVIATION = 0.1307, 0.3081  # how load_mnist standardises
 _TEST_PAIRS_OF_DIGITS = 2000

@@ -15,11 +15,7 @@ from torch import Tensor
 
 from sapwood import _check
 from sapwood.nesy import giry_nodes
-from sapwood.nesy.errors import UnsupportedMonadError
-from sapwood.nesy.expressions import Constant, Expr, Observed, as_expr, evaluate, forcing
-from sapwood.nesy.monads import Monad
-from sapwood.nesy.running import Step, run
-from sapwood.nesy.symbols import (
+from sapwood.nesy.draws import (
     ChoiceLeaf,
     ContinuousLeaf,
     Guard,
@@ -28,6 +24,10 @@ from sapwood.nesy.symbols import (
     NondetLeaf,
     checked_probabilities,
 )
+from sapwood.nesy.errors import UnsupportedMonadError
+from sapwood.nesy.expressions import Constant, Expr, Observed, as_expr, evaluate, forcing
+from sapwood.nesy.monads import Monad
+from sapwood.nesy.running import Step, run
 
 if TYPE_CHECKING:
     from sapwood.nesy.program import Program

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from sapwood.nesy.elimination import Eliminator, Input, Step, TableCache
-from sapwood.nesy.expressions import Support
 from sapwood.nesy.factors import Graph, GraphBuilder
 from sapwood.nesy.kernels import Kernel
+from sapwood.nesy.supports import Support
 from sapwood.nesy.trace import Keys, Path, Trace
 
 _MOST_PLANS = 256
@@ -38,6 +38,27 @@ class Reference:
     position: int
 
 
+@dataclass(frozen=True)
+class Access:
+    """How the instances of an operand are read: from one slot, or each from its own."""
+
+    slot: int | None
+    places: slice | list[int] | None  # None: all of the slot
+    references: tuple[Reference, ...] = ()
+
+
+def _access(references: list[Reference], counts: list[int]) -> Access:
+    if len({r.slot for r in references}) > 1:
+        return Access(None, None, tuple(references))
+    slot, places = references[0].slot, [r.position for r in references]
+    step = places[1] - places[0] if len(places) > 1 else 1
+    if step < 1 or places != list(range(places[0], places[-1] + 1, step)):
+        return Access(slot, places)
+    if len(places) == counts[slot]:
+        return Access(slot, None)
+    return Access(slot, slice(places[0], places[-1] + 1, step))
+
+
 @dataclass
 class Group:
     """Equal steps of one level; each instance has its own inputs and columns."""
@@ -48,6 +69,7 @@ class Group:
     supports: list[Support]  # in which each column is looked up
     slot: int
     instances: int = 0
+    access: list[Access] = field(default_factory=list)
 
 
 @dataclass
@@ -212,6 +234,12 @@ def _place_steps(plan: Plan) -> None:
         results[path][number] = Reference(group.slot, group.instances)
         group.instances += 1
     plan.groups = list(groups.values())
+    counts = [len(s) for s in plan.slots] + [g.instances for g in plan.groups]
+    for group in plan.groups:
+        operands = group.inputs
+        if group.kernel is None:  # the vector of a chain, then all of its matrices
+            operands = [group.inputs[0], [refs[0] for refs in group.inputs[1:]]]
+        group.access = [_access(references, counts) for references in operands]
     for path, own in enumerate(nodes):
         if own:
             plan.paths[path].result = results[path][own[-1][0]]

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sapwood.nesy.execute import Execution
-from sapwood.nesy.expressions import Support, evaluate
+from sapwood.nesy.expressions import evaluate
 from sapwood.nesy.plan import PLANS, Plan, Query
+from sapwood.nesy.supports import Support
 from sapwood.nesy.trace import Keys, Trace
 from sapwood.ops.logsemiring import logsumexp
 

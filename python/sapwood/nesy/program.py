@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sapwood import _check
 from sapwood.nesy import explain, giry, joint, oracle, posterior, static
+from sapwood.nesy.draws import ChoiceLeaf, ContinuousLeaf, Leaf, NondetLeaf
 from sapwood.nesy.errors import UnsupportedMonadError
 from sapwood.nesy.execute import Execution
 from sapwood.nesy.expressions import Constant, is_boolean
@@ -31,7 +32,6 @@ from sapwood.nesy.monads import (
 )
 from sapwood.nesy.plan import PLANS, Plan, Query
 from sapwood.nesy.posterior import MAP, FiniteDistribution
-from sapwood.nesy.symbols import ChoiceLeaf, ContinuousLeaf, Leaf, NondetLeaf
 from sapwood.nesy.trace import Keys, Trace, trace
 from sapwood.ops.logsemiring import log_normalize
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
+from sapwood.nesy.draws import ChoiceLeaf, ContinuousLeaf, Guard, Leaf, NondetLeaf
 from sapwood.nesy.errors import TraceError
-from sapwood.nesy.symbols import ChoiceLeaf, ContinuousLeaf, Guard, Leaf, NondetLeaf
 
 if TYPE_CHECKING:
     from sapwood.nesy.program import Program

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from sapwood.nesy.draws import Leaf, Source
 from sapwood.nesy.execute import Execution
 from sapwood.nesy.expressions import Observed
 from sapwood.nesy.plan import PLANS, Plan, Query
-from sapwood.nesy.symbols import Leaf, Source
 from sapwood.nesy.trace import Keys, trace
 
 if TYPE_CHECKING:

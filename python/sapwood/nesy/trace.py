@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from sapwood import _check
+from sapwood.nesy.draws import ChoiceLeaf, ContinuousLeaf, Guard, Leaf, NondetLeaf
 from sapwood.nesy.errors import TiltError, TraceError, UnsupportedMonadError
 from sapwood.nesy.expressions import (
     AND,
@@ -34,7 +35,7 @@ from sapwood.nesy.expressions import (
 )
 from sapwood.nesy.oracle import identity
 from sapwood.nesy.running import Step, run
-from sapwood.nesy.symbols import ChoiceLeaf, ContinuousLeaf, Guard, Leaf, NondetLeaf, Weighted
+from sapwood.nesy.symbols import Weighted
 
 if TYPE_CHECKING:
     from sapwood.nesy.program import Program
