@@ -127,6 +127,8 @@ class SqueezeRelease:
             _check.one_of(_WHERE, "score", score, _SCORES)
         if finish < 0:
             _check.fail(ValueError, _WHERE, "finish", "be at least 0", finish)
+        if max_drop is not None and not max_drop >= 0:
+            _check.fail(ValueError, _WHERE, "max_drop", "be at least 0 or None", max_drop)
         if resume and checkpoint is None:
             _check.fail(ValueError, _WHERE, "checkpoint", "be a folder with resume=True", None)
         self.cycles, self.first_sparsity, self.nnz_factor = cycles, first_sparsity, nnz_factor
@@ -212,7 +214,7 @@ class _Run:
             store.save(subject, model, None)
         networks: list[nn.Module] = list(subject.networks)
         small = networks[-1] if networks else copy.deepcopy(subject.model)
-        self._phases = 1 + 3 * len(networks)
+        self._phases = max(1, 3 * len(networks))  # a resumed run draws what the whole one draws
         for number in range(len(networks) + 1, settings.cycles + 1):
             if subject.exceeds(settings.max_drop):
                 break
