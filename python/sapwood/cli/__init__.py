@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-COMMANDS = ("tour", "prune", "compare", "mask", "bench", "info")
+COMMANDS = ("tour", "prune", "minimize", "compare", "mask", "bench", "info")
 
 
 def build_app() -> typer.Typer:

@@ -21,6 +21,16 @@ class Arch(str, Enum):
     lenet300 = "lenet300"
     smallcnn = "smallcnn"
     resnet20 = "resnet20"
+    convnext_micro = "convnext_micro"
+    vit_micro = "vit_micro"
+
+
+class Score(str, Enum):
+    """What ``sapwood minimize`` ranks weights by."""
+
+    group = "group"
+    activation = "activation"
+    magnitude = "magnitude"
 
 
 class Method(str, Enum):

@@ -17,6 +17,7 @@ from sapwood.minimize._trace import Inputs
 from sapwood.minimize.api import minimize
 from sapwood.minimize.release import evaluating
 from sapwood.minimize.report import MinimizeReport, cost
+from sapwood.minimize.storage import load, save
 from sapwood.pruning.masks import MaskSet
 
 __all__ = ["Cycle", "SqueezeReleaseResult", "Store", "Subject"]
@@ -202,8 +203,6 @@ class Store:
             )
         model.load_state_dict(safetensors.torch.load_file(self._folder / _DENSE))
         points = [_cycle(row) for row in state["points"]]
-        from sapwood.minimize.storage import load
-
         networks = [load(self._folder / _name(p.number), make) for p in points[1:]]
         return Subject(model, points[0], state["prunable"], state["names"], points[1:], networks)
 
@@ -215,8 +214,6 @@ class Store:
             tensors = {k: v.detach().contiguous().cpu() for k, v in network.state_dict().items()}
             atomic_write_bytes(self._folder / _DENSE, safetensors.torch.save(_untied(tensors)))
         else:
-            from sapwood.minimize.storage import save
-
             save(network, self._folder / _name(len(subject.cycles)), report=report)
         state = {
             "format": _FORMAT,

@@ -57,7 +57,7 @@ class Unused:
                 bias[empty] *= decay
 
     def _find(self, masks: MaskSet) -> list[tuple[Tensor, Tensor]]:
-        found = []
+        found: list[tuple[Tensor, Tensor]] = []
         for name, mask in masks.items():
             path, _, key = name.rpartition(".")
             bias = getattr(self._model.get_submodule(path), "bias", None)
