@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from sapwood.triton_kernels import logsemiring
 from sapwood.triton_kernels import masked_matmul as kernels
 from sapwood.triton_kernels._launch import INTERPRETED
 
@@ -57,3 +58,13 @@ def test_sampled_matmul() -> None:
     outputs, shape = launches(call, torch.zeros(5, 9), torch.zeros(5, 8), cols, row_ptr)
     assert len(outputs) == 1
     assert shape == (7,)
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["term by term", "certified"])
+def test_log_matmul(exact: bool) -> None:
+    def call(a: Tensor, b: Tensor) -> Tensor:
+        return logsemiring.log_matmul(a, b, exact, wrap=torch.library.wrap_triton)
+
+    outputs, shape = launches(call, torch.zeros(3, 20, 30), torch.zeros(3, 30, 40))
+    assert len(outputs) == 1
+    assert shape == (3, 20, 40)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sapwood import _backend, _check
-from sapwood.ops.logsemiring import _specs
+from sapwood.ops.logsemiring import _specs, _triton
 from sapwood.reference import logsemiring as reference
 
 _METHODS = ("auto", "exact")
@@ -37,6 +37,7 @@ class MaxMatmul(NamedTuple):
 def _backends(name: str) -> tuple[_backend.Backend, ...]:
     return (
         _backend.native(name, getattr(_specs, name)),
+        _triton.backend(name),
         _backend.Backend("reference", lambda *_: None, getattr(reference, name)),
     )
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from sapwood import _backend, _check
-from sapwood.ops.logsemiring import _sequence_specs
+from sapwood.ops.logsemiring import _sequence_specs, _triton
 from sapwood.ops.logsemiring._matmul import floats
 from sapwood.reference import logsemiring as reference
 
 _NAME = "segment_logsumexp"
 _BACKENDS = (
     _backend.native(_NAME, _sequence_specs.segment_logsumexp),
+    _triton.backend(_NAME),
     _backend.Backend("reference", lambda *_: None, reference.segment_logsumexp),
 )
 

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapwood import _backend, _check
-from sapwood.ops.logsemiring import _sequence_specs
+from sapwood.ops.logsemiring import _sequence_specs, _triton
 from sapwood.ops.logsemiring._matmul import floats, log_matmul
 from sapwood.reference import logsemiring as reference
 
 _BACKENDS = (
     _backend.native("log_scan", _sequence_specs.log_scan),
+    _triton.backend("log_scan"),
     _backend.Backend("reference", lambda *_: None, reference.log_scan),
 )
 

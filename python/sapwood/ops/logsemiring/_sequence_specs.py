@@ -38,8 +38,11 @@ def _setup_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward_values(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return segment_logsumexp_backward(grad, *ctx.saved_tensors), None, None
+def backward_values(
+    ctx: Any, grad: Tensor, op: Callable[..., Any] | None = None
+) -> tuple[Tensor, None, None]:
+    """By ``op``, or by the op of the schema."""
+    return (op or segment_logsumexp_backward)(grad, *ctx.saved_tensors), None, None
 
 
 def _fake_shares(grad: Tensor, x: Tensor, ptr: Tensor, order: Tensor | None) -> Tensor:
@@ -116,7 +119,7 @@ segment_logsumexp = define_op(
         reference=reference.segment_logsumexp,
         vmap=_vmap_segments,
         setup=_setup_values,
-        backward=_backward_values,
+        backward=backward_values,
     )
 )
 
@@ -132,9 +135,12 @@ def _setup_scan(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None
     ctx.save_for_backward(inputs[0], output)
 
 
-def _backward_scan(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+def backward_scan(
+    ctx: Any, grad: Tensor, op: Callable[..., Any] | None = None
+) -> tuple[Tensor, Tensor]:
+    """By ``op``, or by the op of the schema."""
     t, states = ctx.saved_tensors
-    dt, dinit = log_scan_backward(grad, t, states)
+    dt, dinit = (op or log_scan_backward)(grad, t, states)
     return dt, dinit
 
 
@@ -166,6 +172,6 @@ log_scan = define_op(
         reference=reference.log_scan,
         vmap=_vmap_batched,
         setup=_setup_scan,
-        backward=_backward_scan,
+        backward=backward_scan,
     )
 )

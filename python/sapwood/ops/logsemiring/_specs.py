@@ -53,12 +53,15 @@ def _setup_log_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     ctx.save_for_backward(a, b)
 
 
-def _backward_log_matmul(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def backward_log_matmul(
+    ctx: Any, grad: Tensor, op: Callable[..., Any] | None = None
+) -> tuple[Tensor | None, ...]:
+    """By ``op``, or by the op of the schema."""
     a, b = ctx.saved_tensors
     need_a, need_b, _ = ctx.needs_input_grad
     if not (need_a or need_b):
         return None, None, None
-    da, db = log_matmul_backward(grad, a, b, ctx.exact, need_a, need_b)
+    da, db = (op or log_matmul_backward)(grad, a, b, ctx.exact, need_a, need_b)
     return da if need_a else None, db if need_b else None, None
 
 
@@ -141,7 +144,7 @@ log_matmul = define_op(
         reference=reference.log_matmul,
         vmap=_vmap_batched,
         setup=_setup_log_matmul,
-        backward=_backward_log_matmul,
+        backward=backward_log_matmul,
     )
 )
 
