@@ -69,6 +69,8 @@ def test_every_kernel_and_configuration_is_a_case() -> None:
         "masked_matmul_kernel": [*masked_matmul._MASKED.values()],
         "sampled_matmul_kernel": [masked_matmul._SAMPLED],
         "candidates_kernel": [similarity._CONFIG],
+        "maxima_kernel": [similarity._CONFIG],
+        "join_kernel": [{"": similarity._JOIN}],
     }
     for name, group in tables.items():
         for config in (config for table in group for config in table.values()):

@@ -20,7 +20,7 @@ _ON_OVERFLOW = ("warn", "raise")
 def _backends(op: str) -> tuple[_backend.Backend, ...]:
     return (
         _backend.native(op, getattr(_specs, op)),
-        *_triton.backends(op),
+        _triton.backend(op),
         _backend.Backend("reference", lambda *_: None, getattr(reference, op)),
     )
 
@@ -153,8 +153,10 @@ def _report_overflow(pairs: Pairs, max_pairs: int, on_overflow: str) -> None:
     warnings.warn(message + reached, RuntimeWarning, stacklevel=3)
 
 
-def _explain_topk(x: Tensor, k: int, y: Tensor | None = None, **_: Any) -> _backend.Explanation:
-    return _backend.Explanation("similarity_topk", _backend.candidates(_TOPK, x, y, k))
+def _explain_topk(
+    x: Tensor, k: int, y: Tensor | None = None, *, kind: str = "cosine", **_: Any
+) -> _backend.Explanation:
+    return _backend.Explanation("similarity_topk", _backend.candidates(_TOPK, x, y, k, kind))
 
 
 @_backend.explainable(_explain_topk)
@@ -204,7 +206,7 @@ def similarity_topk(
     if k < 1:
         _check.fail(ValueError, op, "k", "be at least 1", k)
     _checks.warn_about_rows(op, kind, check_finite, x, y)
-    chosen = _backend.choose(op, _TOPK, x, y, k)
+    chosen = _backend.choose(op, _TOPK, x, y, k, kind)
     values, indices = chosen.run(x.detach(), _detached(y), k, kind, absolute, include_self, recheck)
     if _gradients.wanted(x, y):
         row = torch.arange(len(x), device=x.device).repeat_interleave(k)
@@ -213,8 +215,10 @@ def similarity_topk(
     return values, indices
 
 
-def _explain_clusters(x: Tensor, *, threshold: float, **_: Any) -> _backend.Explanation:
-    lines = _backend.candidates(_CLUSTERS, x, threshold)
+def _explain_clusters(
+    x: Tensor, *, threshold: float, kind: str = "cosine", **_: Any
+) -> _backend.Explanation:
+    lines = _backend.candidates(_CLUSTERS, x, threshold, kind)
     return _backend.Explanation("similarity_clusters", lines)
 
 
@@ -254,6 +258,6 @@ def similarity_clusters(
     _checks.rows(op, x, None, kind)
     limit = _checks.threshold(op, threshold)
     _checks.warn_about_rows(op, kind, check_finite, x)
-    chosen = _backend.choose(op, _CLUSTERS, x, limit)
+    chosen = _backend.choose(op, _CLUSTERS, x, limit, kind)
     labels: Tensor = chosen.run(x.detach(), limit, kind, absolute)
     return labels
