@@ -75,6 +75,19 @@ def every_value(x: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+@pytest.mark.parametrize("n", [159, 160, 161, 320, 500])
+@pytest.mark.parametrize("kind", UNIT)
+def test_matrix_of_one_input_is_symmetric(n: int, kind: str) -> None:
+    x = rows(n, 20)
+    s = ops.similarity_matrix(x, kind=kind)
+    wanted = reference.similarity_matrix(x.double(), x.double(), kind, False)
+    torch.testing.assert_close(s.double(), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ops.similarity_matrix(x, x, kind=kind), s, rtol=0, atol=1e-6)
+    assert torch.equal(s, s.T) or n <= 160
+    with_gradient = ops.similarity_matrix(x.requires_grad_(), kind=kind)
+    torch.testing.assert_close(with_gradient, s, rtol=0, atol=1e-6)
+
+
 def test_matrix_of_batches() -> None:
     x, y = torch.randn(2, 3, 7, 5), torch.randn(2, 3, 4, 5)
     s = ops.similarity_matrix(x, y, kind="correlation")

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapwood import _backend
-from sapwood.ops.similarity import _checks, _specs
+from sapwood import _backend, _register
+from sapwood.ops.similarity import _checks, _gradients, _specs
 from sapwood.reference import similarity as reference
 
 _NAME = "similarity_matrix"
+_BLOCK = 160  # rows; smaller blocks lose more in small products than the upper half saves
 
 
 def _normalized(x: Tensor, kind: str) -> Tensor:
@@ -52,8 +53,27 @@ def _native(x: Tensor, y: Tensor | None, kind: str, absolute: bool) -> Tensor:
             unit = [torch.where(reference.finite_rows(t)[..., None], t, 0.0) for t in _sides(x, y)]
         else:
             unit = [_normalized(t, kind) for t in _sides(x, y)]
-        s = unit[0] @ unit[-1].mT
+        s = _gram(unit[0]) if _may_mirror(*unit) else unit[0] @ unit[-1].mT
     return s.abs() if absolute else s
+
+
+def _may_mirror(unit: Tensor, *other: Tensor) -> bool:
+    """Whether rows meet themselves, in a call that only wants the result."""
+    if other or unit.dim() != 2 or unit.device.type != "cpu" or len(unit) <= _BLOCK:
+        return False
+    traced = torch.compiler.is_compiling() or _register.transforms_active()
+    return not traced and not _gradients.wanted(unit)
+
+
+def _gram(unit: Tensor) -> Tensor:  # (N, K) -> (N, N)
+    """unit unit^T from the blocks on and above the diagonal; the others are their transposes."""
+    n = len(unit)
+    s = unit.new_empty(n, n)
+    for first in range(0, n, _BLOCK):
+        last = min(n, first + _BLOCK)
+        torch.mm(unit[first:last], unit[first:].T, out=s[first:last, first:])
+        s[last:, first:last] = s[first:last, last:].T
+    return s
 
 
 def _sides(x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
