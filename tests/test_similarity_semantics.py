@@ -229,6 +229,19 @@ def test_max_pairs_keeps_the_first_ones() -> None:
         ops.similarity_pairs(x, threshold=0.5, max_pairs=5, on_overflow="raise")
 
 
+@pytest.mark.parametrize("include_self", [False, True])
+@pytest.mark.parametrize("two", [False, True])
+def test_overflow_extrapolates_the_number_of_pairs(two: bool, include_self: bool) -> None:
+    """Where all pairs reach the threshold, the estimate is exact."""
+    x = torch.rand(50, 3) + 0.1
+    y = x[:37] if two else None
+    total = 50 * 37 if two else 50 * 51 // 2 if include_self else 50 * 49 // 2
+    for most in (1, 49, 50, 51, 777):
+        about = {1850: "1,800", 1225: "1,200", 1275: "1,300"}[total]  # two digits
+        with pytest.warns(RuntimeWarning, match=f"pairs reach the threshold, about {about} judged"):
+            ops.similarity_pairs(x, y, threshold=0.0, include_self=include_self, max_pairs=most)
+
+
 def test_pairs_as_csr() -> None:
     x = rows(40, 6)
     pairs = ops.similarity_pairs(x, threshold=0.3)
@@ -290,6 +303,16 @@ X = torch.randn(4, 3)
             "similarity_pairs: on_overflow must be one of warn, raise, got 'stop'",
         ),
         (
+            lambda: ops.similarity_pairs(X, threshold=0.5, precision="fp16"),
+            ValueError,
+            "similarity_pairs: precision must be one of fp32, bf16, got 'fp16'",
+        ),
+        (
+            lambda: ops.similarity_topk(X, 1, precision="bf16", recheck=False),
+            ValueError,
+            "similarity_topk: precision must be fp32 without recheck, got 'bf16'",
+        ),
+        (
             lambda: ops.similarity_topk(X, 0),
             ValueError,
             "similarity_topk: k must be at least 1, got 0",
@@ -343,3 +366,11 @@ def test_explain() -> None:
         labels = ops.similarity_clusters(X, threshold=0.5)
     assert explained.chosen == "reference"
     assert torch.equal(labels, ops.similarity_clusters(X, threshold=0.5))
+
+
+@pytest.mark.parametrize("op", ["similarity_pairs", "similarity_topk", "similarity_clusters"])
+def test_explain_says_what_triton_takes(op: str) -> None:
+    arguments: dict[str, float] = {"k": 2} if op == "similarity_topk" else {"threshold": 0.5}
+    explained = sapwood.explain(op, X, **arguments, kind="dot")
+    reasons = {c.name: c.reason for c in explained.candidates}
+    assert reasons["triton"] == "takes cosine and correlation, not dot"

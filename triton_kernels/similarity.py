@@ -57,9 +57,10 @@ class Rows:
         """How far a product may be from the exact one; 0 if products are trusted."""
         if not self.recheck:
             return 0.0
-        if self.unit_x.dtype == torch.bfloat16:
-            return 2**-7  # each entry is off by 2^-9 of itself, and the rows have norm 1
-        return max(1e-6, 4 * self.unit_x.shape[1] ** 0.5 * torch.finfo(torch.float32).eps)
+        # Rounded to bfloat16, each of two entries is off by up to 2^-8 of itself.
+        rounding = 1.01 / 128 if self.unit_x.dtype == torch.bfloat16 else 0.0
+        eps = torch.finfo(torch.float32).eps
+        return rounding + max(1e-6, 4 * self.unit_x.shape[1] ** 0.5 * eps)
 
     def similarity(self, row: Tensor, col: Tensor) -> Tensor:
         """Of pairs (E,), in float64; exact where products are not trusted."""

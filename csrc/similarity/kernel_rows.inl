@@ -187,6 +187,22 @@ SAPWOOD_TARGET void normalize_row(const T* __restrict x, T* __restrict to, int64
   }
 }
 
+// The upper half of a finite float, rounded to nearest, ties to even.
+SAPWOOD_TARGET SAPWOOD_INLINE uint32_t bf16_bits(float v) {
+  uint32_t bits = 0;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+// Pairs of entries in bfloat16, as words of the size of an entry.
+SAPWOOD_TARGET inline void round_to_pairs(const float* __restrict x, int64_t d,
+                                          float* __restrict to) {
+  for (int64_t c = 0; c < d; c += 2) {
+    const uint32_t pair = bf16_bits(x[c]) | (c + 1 < d ? bf16_bits(x[c + 1]) << 16 : 0u);
+    __builtin_memcpy(to + c / 2, &pair, sizeof pair);
+  }
+}
+
 // packed[c * width + i] = rows[i * k + c] for i < count, 0 for count <= i < width.
 template <class T>
 SAPWOOD_TARGET void pack_panel(const T* __restrict rows, int64_t count, int64_t k, int64_t width,

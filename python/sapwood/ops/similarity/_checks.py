@@ -12,6 +12,8 @@ from torch import Tensor
 from sapwood import _check, _register
 from sapwood.reference.similarity import KINDS, finite_rows
 
+PRECISIONS = ("fp32", "bf16")
+
 
 def rows(op: str, x: Tensor, y: Tensor | None, kind: str, *, matrices: bool = True) -> None:
     """Checks x (N, K) and y (M, K), or both with leading dimensions."""
@@ -43,6 +45,13 @@ def threshold(op: str, value: float) -> float:
     if math.isnan(number):
         _check.fail(ValueError, op, "threshold", "be a number", number)
     return number
+
+
+def precision(op: str, value: str, recheck: bool) -> None:
+    """Products in bfloat16 may propose, but not decide."""
+    _check.one_of(op, "precision", value, PRECISIONS)
+    if value != "fp32" and not recheck:
+        _check.fail(ValueError, op, "precision", "be fp32 without recheck", repr(value))
 
 
 def warn_about_rows(op: str, kind: str, check_finite: bool, *tensors: Tensor | None) -> None:
