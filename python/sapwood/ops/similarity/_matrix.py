@@ -59,7 +59,9 @@ def _native(x: Tensor, y: Tensor | None, kind: str, absolute: bool) -> Tensor:
 
 def _may_mirror(unit: Tensor, *other: Tensor) -> bool:
     """Whether rows meet themselves, in a call that only wants the result."""
-    if other or unit.dim() != 2 or unit.device.type != "cpu" or len(unit) <= _BLOCK:
+    if other or unit.dim() != 2 or unit.device.type != "cpu":
+        return False
+    if len(unit) <= _BLOCK * torch.get_num_threads():  # threads would wait for one another
         return False
     traced = torch.compiler.is_compiling() or _register.transforms_active()
     return not traced and not _gradients.wanted(unit)
