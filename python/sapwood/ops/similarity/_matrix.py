@@ -59,12 +59,11 @@ def _native(x: Tensor, y: Tensor | None, kind: str, absolute: bool) -> Tensor:
 
 def _may_mirror(unit: Tensor, *other: Tensor) -> bool:
     """Whether rows meet themselves, in a call that only wants the result."""
-    if other or unit.dim() != 2 or unit.device.type != "cpu":
+    if torch.compiler.is_compiling() or _register.transforms_active():
         return False
-    if len(unit) <= _BLOCK * torch.get_num_threads():  # threads would wait for one another
+    if other or unit.dim() != 2 or unit.device.type != "cpu" or _gradients.wanted(unit):
         return False
-    traced = torch.compiler.is_compiling() or _register.transforms_active()
-    return not traced and not _gradients.wanted(unit)
+    return len(unit) > _BLOCK * torch.get_num_threads()  # else threads would wait for one another
 
 
 def _gram(unit: Tensor) -> Tensor:  # (N, K) -> (N, N)
