@@ -141,6 +141,11 @@ def test_one_warning_says_how_many_rows_are_not_finite() -> None:
     x = special(torch.float32)
     with pytest.warns(RuntimeWarning, match="3 rows hold NaN or inf; their similarity to all rows"):
         ops.similarity_pairs(x, threshold=0.5)
+    for kind, y in (("cosine", None), ("correlation", None), ("dot", None), ("cosine", x[5:])):
+        with pytest.warns(RuntimeWarning, match="3 rows hold NaN or inf") as caught:
+            ops.similarity_matrix(x, y, kind=kind)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.similarity_pairs(x, threshold=0.5, check_finite=False)

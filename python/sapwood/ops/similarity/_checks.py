@@ -69,7 +69,7 @@ def warn_about_rows(op: str, kind: str, check_finite: bool, *tensors: Tensor | N
             f"sapwood.{op}: {count} rows hold NaN or inf; "
             f"their similarity to all rows is {meaning}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -77,6 +77,15 @@ def _gram(unit: Tensor) -> Tensor:  # (N, K) -> (N, N)
     return s
 
 
+def _shows_finite_rows(s: Tensor, y: Tensor | None, kind: str) -> bool:
+    """Whether the diagonal says it: a row that is not finite has similarity 0 to itself."""
+    if torch.compiler.is_compiling() or _register.transforms_active():
+        return False
+    if y is not None or kind not in reference.UNIT_KINDS or s.dim() != 2 or s.device.type != "cpu":
+        return False
+    return int(torch.count_nonzero(s.detach().diagonal())) == len(s)
+
+
 def _sides(x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
     return (x,) if y is None else (x, y)
 
@@ -135,10 +144,11 @@ def similarity_matrix(
         numbers without the conventions above.
     """
     _checks.rows(_NAME, x, y, kind, matrices=False)
-    _checks.warn_about_rows(_NAME, kind, check_finite, x, y)
     wide = reference.widened(x)
     wide_y = None if y is None else reference.widened(y)
     chosen = _backend.choose(_NAME, _BACKENDS, wide, wide_y, kind, absolute)
     with _checks.full_precision(x):
         result: Tensor = chosen.run(wide, wide_y, kind, absolute)
+    if not _shows_finite_rows(result, y, kind):
+        _checks.warn_about_rows(_NAME, kind, check_finite, x, y)
     return result
