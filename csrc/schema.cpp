@@ -30,7 +30,7 @@ SAPWOOD_LIBRARY(m) {
 
   // similarity: rows of x against each other, or against rows of y; kind is cosine, correlation, dot or euclidean
   m.def("row_normalize(Tensor x, str kind) -> Tensor");
-  m.def("similarity_pairs(Tensor x, Tensor? y, float threshold, str kind, bool absolute, bool include_self, int max_pairs, bool recheck) -> (Tensor row, Tensor col, Tensor value, Tensor truncated)");
-  m.def("similarity_topk(Tensor x, Tensor? y, int k, str kind, bool absolute, bool include_self, bool recheck) -> (Tensor values, Tensor indices)");
+  m.def("similarity_pairs(Tensor x, Tensor? y, float threshold, str kind, bool absolute, bool include_self, int max_pairs, bool recheck, str precision=\"fp32\") -> (Tensor row, Tensor col, Tensor value, Tensor truncated)");
+  m.def("similarity_topk(Tensor x, Tensor? y, int k, str kind, bool absolute, bool include_self, bool recheck, str precision=\"fp32\") -> (Tensor values, Tensor indices)");
   m.def("similarity_clusters(Tensor x, float threshold, str kind, bool absolute) -> Tensor");
 }

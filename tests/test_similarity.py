@@ -184,15 +184,15 @@ class TestSimilarityTopk(SelectionBattery, TraceableBattery):
         largest: float,
     ) -> None:
         values, indices = found
-        double = tuple(a.double() if isinstance(a, Tensor) else a for a in args)
+        double: tuple[Any, ...] = tuple(a.double() if isinstance(a, Tensor) else a for a in args)
         wanted, wanted_indices = reference.similarity_topk(*double)
         assert torch.equal(indices < 0, wanted_indices < 0)
         present = indices >= 0
         if not s.numel() or not len(indices):
             return
         chosen = s.gather(1, indices.clamp_min(0))
-        key = (lambda t: t.abs()) if args[4] else (lambda t: t)
-        difference = (key(chosen) - key(wanted)).abs()[present]
+        keys = (chosen.abs(), wanted.abs()) if args[4] else (chosen, wanted)
+        difference = (keys[0] - keys[1]).abs()[present]
         assert not difference.numel() or float(difference.max()) <= 1e-12 * largest
         assert all(len(set(r.tolist())) == len(r) for r in (i[i >= 0] for i in indices))
         self.assert_values(values[present], chosen[present], dtype, largest)

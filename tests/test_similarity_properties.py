@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -105,15 +106,20 @@ def test_any_pairs(case: Case, share: float) -> None:
     s, band = case.exact()
     key = s.abs() if case.absolute else s
     threshold = between(key[key.isfinite()], 4 * float(band.max()) if band.numel() else 0.0, share)
-    arguments = {"threshold": threshold, "kind": case.kind, "absolute": case.absolute}
+    arguments: dict[str, Any] = {
+        "threshold": threshold,
+        "kind": case.kind,
+        "absolute": case.absolute,
+        "include_self": case.include_self,
+    }
     x, y = case.laid_out()
-    pairs = ops.similarity_pairs(x, y, include_self=case.include_self, **arguments)
+    pairs = ops.similarity_pairs(x, y, **arguments)
     reaches = key >= threshold
     if case.y is None:
         reaches = reaches.triu(0 if case.include_self else 1)
     assert torch.equal(torch.stack([pairs.row, pairs.col], 1), reaches.nonzero())
     assert_values(pairs.value, s[pairs.row, pairs.col], band)
-    plain = ops.similarity_pairs(case.x, case.y, include_self=case.include_self, **arguments)
+    plain = ops.similarity_pairs(case.x, case.y, **arguments)
     assert all(torch.equal(a, b) for a, b in zip(pairs, plain, strict=True))
 
 
@@ -125,7 +131,11 @@ def test_any_topk(case: Case, k: int) -> None:
     if case.y is None and not case.include_self:
         key = key.clone().fill_diagonal_(torch.nan)
     x, y = case.laid_out()
-    flags = {"kind": case.kind, "absolute": case.absolute, "include_self": case.include_self}
+    flags: dict[str, Any] = {
+        "kind": case.kind,
+        "absolute": case.absolute,
+        "include_self": case.include_self,
+    }
     values, indices = ops.similarity_topk(x, k, y, **flags)
     largest = band.amax(1) if len(band.T) else band.sum(1)
     for i, row in enumerate(key):

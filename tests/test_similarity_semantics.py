@@ -75,6 +75,19 @@ def every_value(x: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+@pytest.mark.parametrize("n", [159, 160, 161, 320, 500])
+@pytest.mark.parametrize("kind", UNIT)
+def test_matrix_of_one_input_is_symmetric(n: int, kind: str) -> None:
+    x = rows(n, 20)
+    s = ops.similarity_matrix(x, kind=kind)
+    wanted = reference.similarity_matrix(x.double(), x.double(), kind, False)
+    torch.testing.assert_close(s.double(), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ops.similarity_matrix(x, x, kind=kind), s, rtol=0, atol=1e-6)
+    assert torch.equal(s, s.T) or n <= 160 * torch.get_num_threads()
+    with_gradient = ops.similarity_matrix(x.requires_grad_(), kind=kind)
+    torch.testing.assert_close(with_gradient, s, rtol=0, atol=1e-6)
+
+
 def test_matrix_of_batches() -> None:
     x, y = torch.randn(2, 3, 7, 5), torch.randn(2, 3, 4, 5)
     s = ops.similarity_matrix(x, y, kind="correlation")
@@ -128,6 +141,11 @@ def test_one_warning_says_how_many_rows_are_not_finite() -> None:
     x = special(torch.float32)
     with pytest.warns(RuntimeWarning, match="3 rows hold NaN or inf; their similarity to all rows"):
         ops.similarity_pairs(x, threshold=0.5)
+    for kind, y in (("cosine", None), ("correlation", None), ("dot", None), ("cosine", x[5:])):
+        with pytest.warns(RuntimeWarning, match="3 rows hold NaN or inf") as caught:
+            ops.similarity_matrix(x, y, kind=kind)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.similarity_pairs(x, threshold=0.5, check_finite=False)
@@ -216,6 +234,19 @@ def test_max_pairs_keeps_the_first_ones() -> None:
         ops.similarity_pairs(x, threshold=0.5, max_pairs=5, on_overflow="raise")
 
 
+@pytest.mark.parametrize("include_self", [False, True])
+@pytest.mark.parametrize("two", [False, True])
+def test_overflow_extrapolates_the_number_of_pairs(two: bool, include_self: bool) -> None:
+    """Where all pairs reach the threshold, the estimate is exact."""
+    x = torch.rand(50, 3) + 0.1
+    y = x[:37] if two else None
+    total = 50 * 37 if two else 50 * 51 // 2 if include_self else 50 * 49 // 2
+    for most in (1, 49, 50, 51, 777):
+        about = {1850: "1,800", 1225: "1,200", 1275: "1,300"}[total]  # two digits
+        with pytest.warns(RuntimeWarning, match=f"pairs reach the threshold, about {about} judged"):
+            ops.similarity_pairs(x, y, threshold=0.0, include_self=include_self, max_pairs=most)
+
+
 def test_pairs_as_csr() -> None:
     x = rows(40, 6)
     pairs = ops.similarity_pairs(x, threshold=0.3)
@@ -277,6 +308,16 @@ X = torch.randn(4, 3)
             "similarity_pairs: on_overflow must be one of warn, raise, got 'stop'",
         ),
         (
+            lambda: ops.similarity_pairs(X, threshold=0.5, precision="fp16"),
+            ValueError,
+            "similarity_pairs: precision must be one of fp32, bf16, got 'fp16'",
+        ),
+        (
+            lambda: ops.similarity_topk(X, 1, precision="bf16", recheck=False),
+            ValueError,
+            "similarity_topk: precision must be fp32 without recheck, got 'bf16'",
+        ),
+        (
             lambda: ops.similarity_topk(X, 0),
             ValueError,
             "similarity_topk: k must be at least 1, got 0",
@@ -330,3 +371,11 @@ def test_explain() -> None:
         labels = ops.similarity_clusters(X, threshold=0.5)
     assert explained.chosen == "reference"
     assert torch.equal(labels, ops.similarity_clusters(X, threshold=0.5))
+
+
+@pytest.mark.parametrize("op", ["similarity_pairs", "similarity_topk", "similarity_clusters"])
+def test_explain_says_what_triton_takes(op: str) -> None:
+    arguments: dict[str, float] = {"k": 2} if op == "similarity_topk" else {"threshold": 0.5}
+    explained = sapwood.explain(op, X, **arguments, kind="dot")
+    reasons = {c.name: c.reason for c in explained.candidates}
+    assert reasons["triton"] == "takes cosine and correlation, not dot"

@@ -10,15 +10,6 @@
 namespace sapwood::similarity {
 namespace {
 
-ScalarType compute_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor contiguous_as(const Tensor& t, ScalarType type) {
-  const Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
-  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
-}
-
 template <class F>
 void with_type(ScalarType type, const F& f) {
   if (type == ScalarType::Double) return f(double{});
@@ -29,7 +20,7 @@ void with_type(ScalarType type, const F& f) {
 struct Inputs {
   Inputs(const char* op, const Tensor& x_in, const std::optional<Tensor>& y_in) {
     check_rows(op, "x", x_in);
-    type = compute_type(x_in);
+    type = compute_type(x_in.scalar_type());
     x = contiguous_as(x_in, type);
     if (y_in) {
       check_candidates(op, *y_in, x_in);
@@ -45,7 +36,7 @@ struct Inputs {
 Tensor row_normalize(const Tensor& x_in, const std::string& kind_name) {
   const Kind kind = parse_unit_kind("row_normalize", kind_name);
   check_rows("row_normalize", "x", x_in);
-  const Tensor x = contiguous_as(x_in, compute_type(x_in));
+  const Tensor x = contiguous_as(x_in, compute_type(x_in.scalar_type()));
   // A copy that was made for the kernel is overwritten: one copy of the input is enough.
   const bool own = x.const_data_ptr() != x_in.const_data_ptr();
   const Tensor out = own ? x : torch::stable::new_empty(x, x.sizes());
@@ -74,15 +65,17 @@ Tensor row_normalize(const Tensor& x_in, const std::string& kind_name) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_pairs(
     const Tensor& x, const std::optional<Tensor>& y, double threshold, const std::string& kind,
-    bool absolute, bool include_self, int64_t max_pairs, bool recheck) {
+    bool absolute, bool include_self, int64_t max_pairs, bool recheck,
+    const std::string& precision) {
   const char* op = "similarity_pairs";
+  const bool bf16 = parse_precision(op, precision, recheck);
   const Inputs in(op, x, y);
   const Kind parsed = parse_kind(op, kind);
   Tensor row, col, value;
   const Tensor truncated = torch::stable::new_empty(in.x, {}, ScalarType::Bool);
   with_type(in.type, [&](auto zero) {
     using T = decltype(zero);
-    const Problem<T> problem(in.x, in.y, parsed, absolute, recheck);
+    const Problem<T> problem(in.x, in.y, parsed, absolute, recheck, bf16);
     PairSearch<T> search(problem, threshold, include_self, max_pairs);
     search.run();
     row = torch::stable::new_empty(in.x, {search.size()}, ScalarType::Long);
@@ -96,8 +89,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_pairs(
 
 std::tuple<Tensor, Tensor> similarity_topk(const Tensor& x, const std::optional<Tensor>& y,
                                            int64_t k, const std::string& kind, bool absolute,
-                                           bool include_self, bool recheck) {
+                                           bool include_self, bool recheck,
+                                           const std::string& precision) {
   const char* op = "similarity_topk";
+  const bool bf16 = parse_precision(op, precision, recheck);
   const Inputs in(op, x, y);
   const Kind parsed = parse_kind(op, kind);
   check_k(op, k);
@@ -105,7 +100,7 @@ std::tuple<Tensor, Tensor> similarity_topk(const Tensor& x, const std::optional<
   const Tensor indices = torch::stable::new_empty(in.x, {in.x.size(0), k}, ScalarType::Long);
   with_type(in.type, [&](auto zero) {
     using T = decltype(zero);
-    const Problem<T> problem(in.x, in.y, parsed, absolute, recheck);
+    const Problem<T> problem(in.x, in.y, parsed, absolute, recheck, bf16);
     TopkSearch<T>(problem, k, include_self)
         .run(k, mutable_data<T>(values), mutable_data<int64_t>(indices));
   });

@@ -45,6 +45,15 @@ inline void check_candidates(const char* op, const torch::stable::Tensor& y,
   check_dtype(op, "y", y, y.scalar_type() == x.scalar_type(), "of x's dtype");
 }
 
+// Whether products may be taken in bfloat16.
+inline bool parse_precision(const char* op, const std::string& name, bool recheck) {
+  STD_TORCH_CHECK(name == "fp32" || name == "bf16", "sapwood.", op,
+                  ": precision must be one of fp32, bf16, got ", name);
+  STD_TORCH_CHECK(name == "fp32" || recheck, "sapwood.", op,
+                  ": precision must be fp32 without recheck, got ", name);
+  return name == "bf16";
+}
+
 inline void check_k(const char* op, int64_t k) {
   STD_TORCH_CHECK(k >= 1, "sapwood.", op, ": k must be at least 1, got ", k);
 }

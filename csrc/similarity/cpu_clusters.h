@@ -53,8 +53,10 @@ void find_clusters(const Problem<T>& p, double threshold, int64_t* labels) {
     }
     const Task& task = tasks[static_cast<size_t>(t)];
     scanner->load(task.strip);
+    decision.set_limits(*scanner, task.first_panel);
     for (int64_t panel = task.first_panel; panel < task.last_panel; ++panel) {
-      if (panel == task.first_panel || !decision.one_limit()) decision.set_limits(*scanner, panel);
+      if (decision.out_of_reach(*scanner, panel)) continue;
+      if (!decision.one_limit()) decision.set_limits(*scanner, panel);
       scanner->each_candidate(panel, [&](int64_t, int64_t i, int64_t j, T value) {
         const auto a = static_cast<int32_t>(i), b = static_cast<int32_t>(j);
         if (i == j || forest->find(a) == forest->find(b)) return;

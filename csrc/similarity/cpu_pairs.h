@@ -158,6 +158,7 @@ class PairSearch {
     scanner.load(task.strip);
     decision_.set_limits(scanner, task.first_panel);
     for (int64_t panel = task.first_panel; panel < task.last_panel; ++panel) {
+      if (decision_.out_of_reach(scanner, panel)) continue;
       if (!decision_.one_limit()) decision_.set_limits(scanner, panel);
       scanner.each_candidate(panel, [&](int64_t r, int64_t i, int64_t j, T value) {
         if (p_.self && i == j && !include_self_) return;

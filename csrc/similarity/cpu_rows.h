@@ -2,51 +2,17 @@
 // tasks, tolerances that bound the rounding error of a product.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <memory>
-#include <new>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "common/checks.h"
 #include "common/parallel.h"
+#include "common/tensor.h"
 #include "similarity/kernel.h"
 #include "similarity/problem.h"
 
 namespace sapwood::similarity {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// Uninitialised memory, aligned to a cache line.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), kAlign))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, kAlign); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 // One side of a problem: the original rows and what normalises each.
 template <class T>
@@ -88,10 +54,12 @@ double common_scale(const T* x, int64_t n, int64_t k) {
 template <class T>
 class Problem {
  public:
-  Problem(const Tensor& x, const std::optional<Tensor>& y, Kind kind, bool absolute, bool recheck)
+  Problem(const Tensor& x, const std::optional<Tensor>& y, Kind kind, bool absolute, bool recheck,
+          bool bf16 = false)
       : self(!y.has_value()),
         absolute(absolute),
         recheck(recheck),
+        bf16(bf16 && sizeof(T) == 4 && kind != Kind::euclidean && has_bf16_tiles()),
         kind(kind),
         queries{data<T>(x), x.size(0), x.size(1), {}, 1.0},
         tile(tile_of<T>()),
@@ -112,11 +80,12 @@ class Problem {
     own_candidates_ = std::move(other);
     unit_scale_ = queries.scale * candidates().scale;
     if (kind == Kind::euclidean) find_shift();
-    tolerance_ = Tolerance::of<T>(kind, queries.k, recheck);
+    tolerance_ = Tolerance::of<T>(kind, queries.k, recheck, this->bf16);
     measure_and_pack();
   }
 
   const bool self, absolute, recheck;
+  const bool bf16;  // tiles hold pairs of bfloat16
   const Kind kind;
   Operand<T> queries;
   const Tile tile;
@@ -124,8 +93,9 @@ class Problem {
   const Operand<T>& candidates() const { return self ? queries : own_candidates_; }
   int64_t panel_count() const { return (candidates().n + tile.columns - 1) / tile.columns; }
   int64_t k() const { return queries.k; }
+  int64_t depth() const { return bf16 ? (k() + 1) / 2 : k(); }  // words of a packed row
   int64_t workers(int64_t tasks) const { return std::min(workers_, std::max<int64_t>(1, tasks)); }
-  const T* panel(int64_t p) const { return panels_->get() + p * tile.columns * k(); }
+  const T* panel(int64_t p) const { return panels_->get() + p * tile.columns * depth(); }
   const T* column_offsets(int64_t p) const {
     return column_offset_.empty() ? nullptr : column_offset_.data() + p * tile.columns;
   }
@@ -136,6 +106,12 @@ class Problem {
   double column_weight(int64_t j) const {
     return weight_of(self ? query_weight_ : column_weight_, j);
   }
+  // Whether no product of such a query with this panel reaches the limit (Cauchy-Schwarz).
+  bool beyond_reach(double weight, int64_t p, double limit) const {
+    if (kind != Kind::dot) return false;
+    return weight * panel_weight(p) + tolerance_(weight, panel_weight(p)) < limit;
+  }
+
   double panel_weight(int64_t p) const { return weight_of(panel_weight_, p); }
   double largest_weight() const { return largest_weight_; }
 
@@ -157,6 +133,19 @@ class Problem {
     const double* shift = kind == Kind::euclidean ? shift_.data() : nullptr;
     SAPWOOD_ISA_CALL(
         normalize_row(operand.x + i * k(), to, k(), operand.rows[static_cast<size_t>(i)], shift));
+  }
+
+  // The row as tiles hold it, depth() words; returns its normalised entries, in `scratch` or `to`.
+  const T* packable(const Operand<T>& operand, int64_t i, T* scratch, T* to) const {
+    if constexpr (sizeof(T) == 4) {
+      if (bf16) {
+        normalized(operand, i, scratch);
+        SAPWOOD_ISA_CALL(round_to_pairs(scratch, k(), to));
+        return scratch;
+      }
+    }
+    normalized(operand, i, to);
+    return to;
   }
 
   // The squared norm of a shifted row; a row that is not finite is infinitely far from all.
@@ -198,7 +187,7 @@ class Problem {
     const Operand<T>& y = candidates();
     const int64_t width = tile.columns, panels = panel_count();
     const bool weighted = !is_unit(kind);
-    panels_.emplace(panels * width * k());
+    panels_.emplace(panels * width * depth());
     std::vector<double>& column_weight = self ? query_weight_ : column_weight_;
     if (weighted) column_weight.assign(static_cast<size_t>(y.n), 0.0);
     if (weighted) panel_weight_.assign(static_cast<size_t>(panels), 0.0);
@@ -207,10 +196,9 @@ class Problem {
     }
     parallel_dynamic(panels, workers(panels), [&](int64_t, int64_t p) {
       const int64_t first = p * width, count = std::min(width, y.n - first);
-      const Buffer<T> rows(width * k());
+      const Scratch<T> rows(width * depth()), scratch(k());
       for (int64_t i = 0; i < count; ++i) {
-        T* row = rows.get() + i * k();
-        normalized(y, first + i, row);
+        const T* row = packable(y, first + i, scratch.get(), rows.get() + i * depth());
         if (!weighted) continue;
         const double size = size_of(row);
         column_weight[static_cast<size_t>(first + i)] = size;
@@ -221,7 +209,8 @@ class Problem {
             y.rows[static_cast<size_t>(first + i)].finite ? static_cast<T>(size)
                                                           : std::numeric_limits<T>::infinity();
       }
-      SAPWOOD_ISA_CALL(pack_panel(rows.get(), count, k(), width, panels_->get() + p * width * k()));
+      SAPWOOD_ISA_CALL(
+          pack_panel(rows.get(), count, depth(), width, panels_->get() + p * width * depth()));
     });
     if (weighted && !self) weigh_queries();
     largest_weight_ = weighted ? 0.0 : 1.0;
@@ -230,7 +219,7 @@ class Problem {
 
   void weigh_queries() {
     query_weight_.assign(static_cast<size_t>(queries.n), 0.0);
-    const Buffer<T> row(k());
+    const Scratch<T> row(k());
     for (int64_t i = 0; i < queries.n; ++i) {
       normalized(queries, i, row.get());
       query_weight_[static_cast<size_t>(i)] = size_of(row.get());
@@ -245,7 +234,7 @@ class Problem {
   std::vector<double> query_weight_, column_weight_, panel_weight_;
   std::vector<T> column_offset_;
   double largest_weight_ = 1;
-  std::optional<Buffer<T>> panels_;
+  std::optional<Scratch<T>> panels_;
 };
 
 }  // namespace sapwood::similarity

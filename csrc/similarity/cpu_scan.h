@@ -15,7 +15,7 @@ struct Task {
 
 template <class T>
 int64_t rows_per_strip(const Problem<T>& p) {
-  return strip_rows(p.tile, p.k(), sizeof(T));
+  return strip_rows(p.tile, p.depth(), sizeof(T));
 }
 
 // For x with itself a strip begins at the panel of its own diagonal. Few long tasks keep the strip
@@ -41,8 +41,9 @@ class Scanner {
   explicit Scanner(const Problem<T>& p)
       : p_(p),
         capacity_(rows_per_strip(p)),
-        packed_(capacity_ * p.k()),
-        rows_(p.tile.rows * p.k()),
+        packed_(capacity_ * p.depth()),
+        rows_(p.tile.rows * p.depth()),
+        scratch_(p.k()),
         found_(kMaxCandidates),
         row_offset_(static_cast<size_t>(capacity_), T(0)),
         row_limit(static_cast<size_t>(capacity_), kNever),
@@ -58,10 +59,14 @@ class Scanner {
     for (int64_t m = 0; m * p_.tile.rows < count_; ++m) {
       const int64_t begin = m * p_.tile.rows, rows = std::min(p_.tile.rows, count_ - begin);
       for (int64_t r = 0; r < rows; ++r) {
-        p_.normalized(p_.queries, first_ + begin + r, rows_.get() + r * p_.k());
+        p_.packable(p_.queries, first_ + begin + r, scratch_.get(), rows_.get() + r * p_.depth());
       }
-      SAPWOOD_ISA_CALL(
-          pack_panel(rows_.get(), rows, p_.k(), p_.tile.rows, packed_.get() + begin * p_.k()));
+      SAPWOOD_ISA_CALL(pack_panel(rows_.get(), rows, p_.depth(), p_.tile.rows,
+                                  packed_.get() + begin * p_.depth()));
+    }
+    heaviest_ = 0;
+    for (int64_t r = 0; r < count_; ++r) {
+      heaviest_ = std::max(heaviest_, p_.query_weight(first_ + r));
     }
     for (int64_t r = 0; p_.kind == Kind::euclidean && r < count_; ++r) {
       row_offset_[static_cast<size_t>(r)] = p_.query_offset(first_ + r);
@@ -70,6 +75,7 @@ class Scanner {
 
   int64_t first_row() const { return first_; }
   int64_t row_count() const { return count_; }
+  double heaviest() const { return heaviest_; }  // query of the strip
 
   // Register tiles that a panel concerns: of x with itself those not below the diagonal.
   int64_t micro_tiles(int64_t panel) const {
@@ -88,18 +94,17 @@ class Scanner {
   void each_candidate(int64_t panel, int64_t begin, int64_t end, const F& f) {
     const int64_t first = panel * p_.tile.columns, skipped = begin * p_.tile.rows;
     const int64_t columns = std::min(p_.tile.columns, p_.candidates().n - first);
-    const Strip<T> strip{packed_.get() + skipped * p_.k(),
+    const Strip<T> strip{packed_.get() + skipped * p_.depth(),
                          end - begin,
                          p_.panel(panel),
-                         p_.k(),
+                         p_.depth(),
                          row_limit.data() + skipped,
                          column_limit.data(),
                          row_offset_.data() + skipped,
                          p_.column_offsets(panel),
                          p_.kind == Kind::euclidean,
                          p_.absolute};
-    int64_t count = 0;
-    SAPWOOD_ISA_CALL(propose(strip, found_.get(), count));
+    const int64_t count = propose_all(strip);
     for (int64_t c = 0; c < count; ++c) {
       const Candidate<T>& hit = found_.get()[c];
       const int64_t row = skipped + hit.row, i = first_ + row, j = first + hit.column;
@@ -109,12 +114,27 @@ class Scanner {
   }
 
  private:
+  int64_t propose_all(const Strip<T>& strip) {
+    int64_t count = 0;
+#if defined(__x86_64__)
+    if constexpr (sizeof(T) == 4) {
+      if (p_.bf16) {
+        isa_avx512_bf16::propose(strip, found_.get(), count);
+        return count;
+      }
+    }
+#endif
+    SAPWOOD_ISA_CALL(propose(strip, found_.get(), count));
+    return count;
+  }
+
   static constexpr T kNever = std::numeric_limits<T>::infinity();
 
   const Problem<T>& p_;
   int64_t strip_ = -1, first_ = 0, count_ = 0, capacity_;
-  Buffer<T> packed_, rows_;
-  Buffer<Candidate<T>> found_;
+  double heaviest_ = 0;
+  Scratch<T> packed_, rows_, scratch_;
+  Scratch<Candidate<T>> found_;
   std::vector<T> row_offset_;
 
  public:
@@ -136,6 +156,12 @@ class Decision {
     }
   }
 
+  // Whether a panel cannot hold a pair with the rows of the strip.
+  bool out_of_reach(const Scanner<T>& scanner, int64_t panel) const {
+    const double slack = p_.tolerance()(scanner.heaviest(), p_.panel_weight(panel));
+    return p_.beyond_reach(scanner.heaviest(), panel, threshold_ - slack);
+  }
+
   // Limits of unit rows are the same for every panel.
   bool one_limit() const { return is_unit(p_.kind); }
 
@@ -145,7 +171,9 @@ class Decision {
     if (p_.recheck) {
       const double slack = p_.tolerance()(p_.query_weight(i), p_.column_weight(j));
       const bool cancels = p_.kind == Kind::euclidean && -exact < kCancelled * slack;
-      if (cancels || std::abs(p_.key(exact) - threshold_) <= slack) exact = p_.exact(i, j);
+      // Products of bfloat16 only propose; their values are too coarse to be reported.
+      if (p_.bf16 || cancels || std::abs(p_.key(exact) - threshold_) <= slack)
+        exact = p_.exact(i, j);
     }
     value = static_cast<T>(p_.unscaled(exact));
     return p_.key(exact) >= threshold_;

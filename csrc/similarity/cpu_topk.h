@@ -19,7 +19,7 @@ class Best {
       : p_(p),
         first_(first),
         k_(k),
-        capacity_(std::min(p.candidates().n, k + std::max<int64_t>(16, k / 2))),
+        capacity_(std::min(p.candidates().n, k + spare(p, k))),
         values_(count * capacity_),
         columns_(count * capacity_),
         used_(static_cast<size_t>(count), 0),
@@ -74,6 +74,11 @@ class Best {
   }
 
  private:
+  // The coarser the products, the more candidates lie too close to the k-th to be left out.
+  static int64_t spare(const Problem<T>& p, int64_t k) {
+    return p.bf16 ? 64 + 3 * k : std::max<int64_t>(16, k / 2);
+  }
+
   static bool better(const Entry& a, const Entry& b) {
     return a.key != b.key ? a.key > b.key : a.column < b.column;
   }
@@ -126,8 +131,8 @@ class Best {
   const Problem<T>& p_;
   int64_t first_;
   const int64_t k_, capacity_;
-  Buffer<T> values_;
-  Buffer<int32_t> columns_;
+  Scratch<T> values_;
+  Scratch<int32_t> columns_;
   std::vector<int64_t> used_;
   std::vector<T> bound_;
 };
@@ -184,11 +189,10 @@ class TopkSearch {
   void run_task(Scanner<T>& scanner, Best<T>& own, const Task& task) {
     scanner.load(task.strip);
     const int64_t first = scanner.first_row(), rows = scanner.row_count();
-    double heaviest = 0;
+    const double heaviest = scanner.heaviest();
     for (int64_t r = 0; r < rows; ++r) {
       const std::lock_guard lock(lock_of(first + r));
       own.reset(first, r, best_.bound(first + r));
-      heaviest = std::max(heaviest, p_.query_weight(first + r));
     }
     std::vector<Hit> for_columns;
     Entries scratch;
@@ -197,6 +201,7 @@ class TopkSearch {
       for (int64_t begin = 0, end = 0; begin < tiles; begin = end) {
         // Columns without a bound let everything through: a few rows first, which give them one.
         const bool bounded = set_limits(scanner, own, panel, heaviest);
+        if (bounded && p_.beyond_reach(heaviest, panel, lowest_limit(scanner))) break;
         end = bounded ? tiles : std::min(tiles, begin + best_.capacity() / p_.tile.rows + 1);
         for_columns.clear();
         scanner.each_candidate(panel, begin, end, [&](int64_t r, int64_t i, int64_t j, T value) {
@@ -234,6 +239,15 @@ class TopkSearch {
       bounded = bounded && limit > -std::numeric_limits<double>::infinity();
     }
     return bounded;
+  }
+
+  // Of all rows and, where columns ask, of all columns.
+  double lowest_limit(const Scanner<T>& scanner) const {
+    const auto end = scanner.row_limit.begin() + scanner.row_count();
+    const T of_rows = *std::min_element(scanner.row_limit.begin(), end);
+    const T of_columns =
+        *std::min_element(scanner.column_limit.begin(), scanner.column_limit.end());
+    return static_cast<double>(std::min(of_rows, of_columns));
   }
 
   std::mutex& lock_of(int64_t query) { return locks_[static_cast<size_t>(query / group_)]; }

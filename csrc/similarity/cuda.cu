@@ -9,6 +9,7 @@
 #include "common/cuda.h"
 #include "common/cuda_tensor.h"
 #include "common/registry.h"
+#include "common/tensor.h"
 #include "similarity/cpu_arguments.h"
 #include "similarity/cuda_pairs.cuh"
 #include "similarity/cuda_topk.cuh"
@@ -27,14 +28,6 @@ Kind device_kind(similarity::Kind kind) {
     default:
       return Kind::euclidean;
   }
-}
-
-ScalarType compute_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor contiguous_as(const Tensor& t, ScalarType type) {
-  return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
 }
 
 // Float for float32 and half precision, double for float64.
@@ -73,7 +66,7 @@ struct Side {
 
 template <class T>
 Side side_of(const Tensor& x_in, Kind kind, Stream stream) {
-  const Tensor x = contiguous_as(x_in, compute_type(x_in));
+  const Tensor x = contiguous_as(x_in, compute_type(x_in.scalar_type()));
   Side side{x, torch::stable::new_empty(x, x.sizes()),
             torch::stable::new_empty(x, {x.size(0) * 4}, ScalarType::Double)};
   static_assert(sizeof(Row) == 4 * sizeof(double));
@@ -143,8 +136,10 @@ FoundPairs<T> find_pairs(const Search<T>& s, double threshold, int64_t max_pairs
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_pairs(
     const Tensor& x, const std::optional<Tensor>& y, double threshold, const std::string& kind_name,
-    bool absolute, bool include_self, int64_t max_pairs, bool recheck) {
+    bool absolute, bool include_self, int64_t max_pairs, bool recheck,
+    const std::string& precision) {
   const char* op = "similarity_pairs";
+  parse_precision(op, precision, recheck);  // a permission, of which this kernel makes no use
   const Kind kind = device_kind(parse_kind(op, kind_name));
   check_sides(op, x, y);
   const DeviceScope scope(x);
@@ -173,8 +168,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_pairs(
 
 std::tuple<Tensor, Tensor> similarity_topk(const Tensor& x, const std::optional<Tensor>& y,
                                            int64_t k, const std::string& kind_name, bool absolute,
-                                           bool include_self, bool recheck) {
+                                           bool include_self, bool recheck,
+                                           const std::string& precision) {
   const char* op = "similarity_topk";
+  parse_precision(op, precision, recheck);  // a permission, of which this kernel makes no use
   const Kind kind = device_kind(parse_kind(op, kind_name));
   check_sides(op, x, y);
   check_k(op, k);

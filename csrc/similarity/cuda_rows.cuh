@@ -96,7 +96,18 @@ __device__ Row describe_row(const T* x, int64_t k, Kind kind, int lane) {
   return row;
 }
 
-// rows may be null: only the normalised copy is wanted.
+// Row i of a matrix by one warp; rows may be null: only the normalised copy is wanted.
+template <class T>
+__device__ void normalize_row(const T* x, int64_t i, int64_t k, Kind kind, int lane, T* unit,
+                              Row* rows) {
+  const Row row = describe_row(x + i * k, k, kind, lane);
+  for (int64_t c = lane; c < k; c += kWarp) {
+    const double v = (static_cast<double>(x[i * k + c]) * row.scale - row.mean) * row.inverse;
+    unit[i * k + c] = row.inverse == 0.0 ? T(0) : static_cast<T>(v);
+  }
+  if (rows != nullptr && lane == 0) rows[i] = row;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     normalize_kernel(const T* x, int64_t n, int64_t k, Kind kind, T* unit, Row* rows) {
@@ -104,12 +115,7 @@ __global__ void __launch_bounds__(kThreads)
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + warp; i < n; i += step) {
-    const Row row = describe_row(x + i * k, k, kind, lane);
-    for (int64_t c = lane; c < k; c += kWarp) {
-      const double v = (static_cast<double>(x[i * k + c]) * row.scale - row.mean) * row.inverse;
-      unit[i * k + c] = row.inverse == 0.0 ? T(0) : static_cast<T>(v);
-    }
-    if (rows != nullptr && lane == 0) rows[i] = row;
+    normalize_row(x, i, k, kind, lane, unit, rows);
   }
 }
 

@@ -54,56 +54,76 @@ struct Heap {
   }
 };
 
+// Tiles in shared memory, kDepth * kPitch twice and kTile * kPitch.
+template <class T>
+struct Staging {
+  T *left, *right, *products;
+};
+
+// Offers candidate j with its product to the heap of query i, which holds `size` entries.
+template <class T>
+__device__ void offer(const Search<T>& s, const Heap& heap, int64_t k, int64_t i, int64_t j,
+                      T product, int64_t& size) {
+  const double value = s.value_of(i, j, product);
+  const bool full = size == k;
+  const bool finite = value - value == 0.0;
+  if (full && finite && s.key(value) + s.tolerance(i, j, value) < heap.keys[0]) return;
+  const double key = s.key(s.recheck ? s.exact(i, j) : value);
+  if (full && !Heap::worse(heap.keys[0], heap.indices[0], key, j)) return;
+  const int64_t slot = full ? 0 : size++;
+  heap.keys[slot] = key;
+  heap.indices[slot] = j;
+  if (full) {
+    heap.sink(0, size);
+  } else {
+    heap.rise(slot);
+  }
+}
+
+// The lists of the 64 queries of tile t, by one block.
+template <class T>
+__device__ void rank_tile(const Search<T>& s, int64_t t, const Lists& lists,
+                          const Staging<T>& staging, T* values, int64_t* indices) {
+  const int own = static_cast<int>(threadIdx.x);
+  const int64_t i = t * kTile + own;
+  const bool active = own < kTile && i < s.x.n;
+  const Heap heap{active ? lists.keys + i * lists.k : nullptr,
+                  active ? lists.indices + i * lists.k : nullptr};
+  int64_t size = 0;
+  for (int64_t column = 0; column < Tiles::of(s).columns; ++column) {
+    Sums<T> sums;
+    multiply(s, t * kTile, column * kTile, staging.left, staging.right, sums);
+    share(sums, staging.products);
+    for (int c = 0; active && c < kTile; ++c) {
+      const int64_t j = column * kTile + c;
+      if (j >= s.y.n || (s.self && i == j && !s.include_self)) continue;
+      offer(s, heap, lists.k, i, j, staging.products[own * kPitch + c], size);
+    }
+  }
+  for (int64_t left_over = size; active && left_over > 1; --left_over) {  // best first
+    heap.swap(0, left_over - 1);
+    heap.sink(0, left_over - 1);
+  }
+  for (int64_t e = 0; active && e < lists.k; ++e) {
+    const bool present = e < size;
+    const int64_t j = present ? heap.indices[e] : -1;
+    const double value = !present     ? -static_cast<double>(INFINITY)
+                         : s.absolute ? s.exact(i, j)
+                                      : heap.keys[e];
+    values[i * lists.k + e] = static_cast<T>(value);
+    indices[i * lists.k + e] = j;
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     topk_kernel(Search<T> s, Lists lists, T* values, int64_t* indices) {
   SAPWOOD_SHARED(T, left, kDepth * kPitch);
   SAPWOOD_SHARED(T, right, kDepth * kPitch);
   SAPWOOD_SHARED(T, products, kTile * kPitch);
-  const Tiles tiles = Tiles::of(s);
-  const int own = static_cast<int>(threadIdx.x);
-  for (int64_t t = blockIdx.x; t < tiles.rows; t += gridDim.x) {
-    const int64_t i = t * kTile + own;
-    const bool active = own < kTile && i < s.x.n;
-    const Heap heap{active ? lists.keys + i * lists.k : nullptr,
-                    active ? lists.indices + i * lists.k : nullptr};
-    int64_t size = 0;
-    for (int64_t column = 0; column < tiles.columns; ++column) {
-      Sums<T> sums;
-      multiply(s, t * kTile, column * kTile, left, right, sums);
-      share(sums, products);
-      for (int c = 0; active && c < kTile; ++c) {
-        const int64_t j = column * kTile + c;
-        if (j >= s.y.n || (s.self && i == j && !s.include_self)) continue;
-        const double value = s.value_of(i, j, products[own * kPitch + c]);
-        const bool full = size == lists.k;
-        const bool finite = value - value == 0.0;
-        if (full && finite && s.key(value) + s.tolerance(i, j, value) < heap.keys[0]) continue;
-        const double key = s.key(s.recheck ? s.exact(i, j) : value);
-        if (full && !Heap::worse(heap.keys[0], heap.indices[0], key, j)) continue;
-        const int64_t slot = full ? 0 : size++;
-        heap.keys[slot] = key;
-        heap.indices[slot] = j;
-        if (full) {
-          heap.sink(0, size);
-        } else {
-          heap.rise(slot);
-        }
-      }
-    }
-    for (int64_t left_over = size; active && left_over > 1; --left_over) {  // best first
-      heap.swap(0, left_over - 1);
-      heap.sink(0, left_over - 1);
-    }
-    for (int64_t e = 0; active && e < lists.k; ++e) {
-      const bool present = e < size;
-      const int64_t j = present ? heap.indices[e] : -1;
-      const double value = !present     ? -static_cast<double>(INFINITY)
-                           : s.absolute ? s.exact(i, j)
-                                        : heap.keys[e];
-      values[i * lists.k + e] = static_cast<T>(value);
-      indices[i * lists.k + e] = j;
-    }
+  const Staging<T> staging{left, right, products};
+  for (int64_t t = blockIdx.x; t < Tiles::of(s).rows; t += gridDim.x) {
+    rank_tile(s, t, lists, staging, values, indices);
   }
 }
 

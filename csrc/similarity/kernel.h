@@ -17,6 +17,10 @@
 #include <limits>
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "common/simd.h"
 #include "similarity/problem.h"
 
@@ -77,6 +81,16 @@ struct Strip {
   bool absolute;
 };
 
+// Where the CPU multiplies pairs of bfloat16, a strip of floats may hold such pairs instead: k then
+// counts words of two entries, and candidates are proposed by isa_avx512_bf16::propose.
+inline bool has_bf16_tiles() {
+#if defined(__x86_64__)
+  return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 template <class T>
 struct Candidate {
   uint16_t row;     // inside the strip
@@ -101,6 +115,19 @@ struct Tile {
 #include "common/foreach_isa.h"
 #define SAPWOOD_KERNEL_FILE "similarity/kernel_tile.inl"
 #include "common/foreach_isa.h"
+#if defined(__x86_64__)
+#define SAPWOOD_ISA isa_avx512_bf16
+#define SAPWOOD_TARGET SAPWOOD_TARGET_AVX512 __attribute__((target("avx512bf16")))
+#define SAPWOOD_VECTOR_BYTES 64
+#define SAPWOOD_IS_AVX512 1
+#define SAPWOOD_BF16_PAIRS 1
+#include "similarity/kernel_tile.inl"
+#undef SAPWOOD_ISA
+#undef SAPWOOD_TARGET
+#undef SAPWOOD_VECTOR_BYTES
+#undef SAPWOOD_IS_AVX512
+#undef SAPWOOD_BF16_PAIRS
+#endif
 
 namespace sapwood::similarity {
 

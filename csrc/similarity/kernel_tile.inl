@@ -38,8 +38,16 @@ SAPWOOD_TARGET SAPWOOD_INLINE void multiply(const T* __restrict rows, const T* _
     const typename R::type low = load_vector(panel), high = load_vector(panel + R::lanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R::rows; ++r) {
+#if defined(SAPWOOD_BF16_PAIRS)
+      int32_t pair = 0;
+      __builtin_memcpy(&pair, rows + r, sizeof pair);
+      const auto both = (__m512bh)_mm512_set1_epi32(pair);
+      sums[r][0] = (typename R::type)_mm512_dpbf16_ps((__m512)sums[r][0], both, (__m512bh)low);
+      sums[r][1] = (typename R::type)_mm512_dpbf16_ps((__m512)sums[r][1], both, (__m512bh)high);
+#else
       sums[r][0] += rows[r] * low;
       sums[r][1] += rows[r] * high;
+#endif
     }
     rows += R::rows;
     panel += R::columns;

@@ -26,12 +26,14 @@ struct Tolerance {
   // 4 sqrt(d) eps is several times the largest error that sums of d rounded products show. The
   // absolute part covers products that vanish beside the largest row.
   template <class T>
-  static Tolerance of(Kind kind, int64_t d, bool recheck) {
+  static Tolerance of(Kind kind, int64_t d, bool recheck, bool bf16 = false) {
     if (!recheck) return {0, 0, kind};
     const bool wide = sizeof(T) == 8;
     const double eps = std::numeric_limits<T>::epsilon();
     const double least = wide ? 1e-14 : 1e-6;
-    const double relative = std::max(least, 4 * std::sqrt(static_cast<double>(d)) * eps);
+    // Rounded to bfloat16, each of two entries is off by up to 2^-8 of itself.
+    const double rounding = bf16 ? 1.01 / 128 : 0.0;
+    const double relative = rounding + std::max(least, 4 * std::sqrt(static_cast<double>(d)) * eps);
     return {relative, is_unit(kind) ? 0.0 : wide ? 1e-290 : 1e-36, kind};
   }
 

@@ -172,6 +172,69 @@ void check_all() {
   }
 }
 
+#if defined(__x86_64__)
+// Products of pairs of bfloat16: within the tolerance, and nothing that reaches the limit is lost.
+void check_bf16(int64_t n, int64_t m, int64_t k, bool absolute) {
+  const std::string name = "bf16 K=" + std::to_string(k);
+  const Tile tile = Avx512::tile<float>();
+  const int64_t words = (k + 1) / 2, micro = (n + tile.rows - 1) / tile.rows;
+  const auto packed = [&](const std::vector<float>& x, int64_t count, int64_t width) {
+    std::vector<float> unit(static_cast<size_t>(k)), pairs(static_cast<size_t>(count * words));
+    std::vector<float> panels(static_cast<size_t>((count + width - 1) / width * width * words));
+    for (int64_t i = 0; i < count; ++i) {
+      Row row;
+      double squares = 0;
+      const double* no_shift = nullptr;
+      Avx512::describe(x.data() + i * k, k, Kind::cosine, 1.0, row, squares);
+      Avx512::normalize(x.data() + i * k, unit.data(), k, row, no_shift);
+      isa_avx512::round_to_pairs(unit.data(), k, pairs.data() + i * words);
+    }
+    for (int64_t i = 0; i < count; i += width) {
+      Avx512::pack(pairs.data() + i * words, std::min(width, count - i), words, width,
+                   panels.data() + i * words);
+    }
+    return panels;
+  };
+  const std::vector<float> x = random_rows<float>(n, k), y = random_rows<float>(m, k);
+  const std::vector<float> left = packed(x, n, tile.rows), right = packed(y, m, tile.columns);
+  const float never = std::numeric_limits<float>::infinity(), limit = 0.1f;
+  std::vector<float> row_limit(static_cast<size_t>(micro * tile.rows), never);
+  std::fill_n(row_limit.begin(), n, limit);
+  const std::vector<float> column_limit(static_cast<size_t>(tile.columns), never);
+  const double slack = Tolerance::of<float>(Kind::cosine, k, true, true)(1, 1);
+  std::vector<Candidate<float>> found(kMaxCandidates);
+  for (int64_t p = 0; p * tile.columns < m; ++p) {
+    const Strip<float> strip{left.data(),
+                             micro,
+                             right.data() + p * tile.columns * words,
+                             words,
+                             row_limit.data(),
+                             column_limit.data(),
+                             nullptr,
+                             nullptr,
+                             false,
+                             absolute};
+    int64_t count = 0;
+    isa_avx512_bf16::propose(strip, found.data(), count);
+    std::vector<double> values(static_cast<size_t>(n * tile.columns), NAN);
+    for (int64_t e = 0; e < count; ++e) {
+      const Candidate<float>& hit = found[static_cast<size_t>(e)];
+      if (hit.row < n) values[static_cast<size_t>(hit.row * tile.columns + hit.column)] = hit.value;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t c = 0; c < tile.columns && p * tile.columns + c < m; ++c) {
+        const float* other = y.data() + (p * tile.columns + c) * k;
+        const double s = similarity_naive(x.data() + i * k, other, k, Kind::cosine);
+        const double value = values[static_cast<size_t>(i * tile.columns + c)];
+        const double key = absolute ? std::abs(s) : s;
+        if (std::isnan(value)) expect(key < limit + slack, name + " lost");
+        if (!std::isnan(value)) expect(std::abs(value - s) <= slack, name + " value");
+      }
+    }
+  }
+}
+#endif
+
 void check_rows() {
   const float zero[3] = {0, 0, 0}, same[3] = {0.1f, 0.1f, 0.1f}, broken[3] = {1, NAN, 2};
   const double tiny[2] = {3e-310, 4e-310}, huge[2] = {3e300, 4e300};
@@ -200,6 +263,9 @@ int main() {
 #if defined(__x86_64__)
   if (sapwood::detail::best_isa() != sapwood::Isa::base) check_all<Avx2>();
   if (sapwood::detail::best_isa() == sapwood::Isa::avx512) check_all<Avx512>();
+  for (const int64_t k : {1, 2, 9, 70, 257}) {
+    if (has_bf16_tiles()) check_bf16(31, 65, k, k == 9);
+  }
 #endif
   if (failures == 0) std::printf("all similarities are right\n");
   return failures == 0 ? 0 : 1;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "similarity/cuda_pairs.cuh"
+#include "similarity/cuda_topk.cuh"
 
 namespace {
 
@@ -130,6 +131,68 @@ void check_far_rows(int64_t n, int64_t k) {
   }
 }
 
+__global__ void normalize_last_kernel(const float* x, int64_t n, int64_t k, float* unit,
+                                      Row* rows) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  normalize_row(x, n - 1 - warp, k, Kind::cosine, lane, unit, rows);
+}
+
+__global__ void rank_last_kernel(Search<float> s, Lists lists, float* values, int64_t* indices) {
+  SAPWOOD_SHARED(float, left, kDepth* kPitch);
+  SAPWOOD_SHARED(float, right, kDepth* kPitch);
+  SAPWOOD_SHARED(float, products, kTile* kPitch);
+  rank_tile(s, Tiles::of(s).rows - 1, lists, {left, right, products}, values, indices);
+}
+
+// The last rows of a far matrix, normalised, and their nearest among a few candidates: both the rows
+// and the lists of results lie more than 2^31 elements from the start.
+void check_far_ranking(int64_t n, int64_t k, int64_t m) {
+  const std::string name = std::to_string(n) + " rows of " + std::to_string(k) + " ranked";
+  const Reserved<float> x(n * k), unit(n * k), values(n * k);
+  const Reserved<Row> rows(n);
+  const Reserved<double> keys(n * k);
+  const Reserved<int64_t> places(n * k), indices(n * k);
+  for (const void* p :
+       {static_cast<const void*>(x.get()), static_cast<const void*>(unit.get()),
+        static_cast<const void*>(values.get()), static_cast<const void*>(rows.get()),
+        static_cast<const void*>(keys.get()), static_cast<const void*>(places.get()),
+        static_cast<const void*>(indices.get())}) {
+    if (p == nullptr) return expect(false, name + " not reserved");
+  }
+  const int64_t first = n - kWarps;
+  std::vector<float> y(static_cast<size_t>(m * k), 0.0f);
+  for (int64_t j = 0; j < m; ++j)
+    y[static_cast<size_t>(j * k + j % k)] = std::ldexp(1.0f, static_cast<int>(j / k));
+  std::vector<float> unit_y(y.size());
+  std::vector<Row> rows_y(static_cast<size_t>(m));
+  launch_normalize(y.data(), m, k, Kind::cosine, unit_y.data(), rows_y.data(), nullptr);
+  for (int64_t i = first; i < n; ++i) {  // the largest entry of row i is (i % k)
+    for (int64_t c = 0; c < k; ++c)
+      x.get()[i * k + c] = static_cast<float>((c - i % k + k) % k == 0 ? 2 : 1);
+  }
+  auto normalize = normalize_last_kernel;
+  SAPWOOD_LAUNCH(normalize, 1, kThreads, 0, nullptr, x.get(), n, k, unit.get(), rows.get());
+  const double norm = std::sqrt(static_cast<double>(k + 3));
+  for (int64_t i = first; i < n; ++i) {
+    for (int64_t c = 0; c < k; ++c) {
+      const double wanted = (c == i % k ? 2 : 1) / norm;
+      expect(std::abs(unit.get()[i * k + c] - wanted) < 1e-7, name + " unit");
+    }
+  }
+  const Operand<float> far{x.get(), unit.get(), rows.get(), n};
+  const Operand<float> near{y.data(), unit_y.data(), rows_y.data(), m};
+  const Search<float> s{far, near, k, Kind::cosine, false, false, false, true, 1e-6, 0};
+  auto rank = rank_last_kernel;
+  SAPWOOD_LAUNCH(rank, 1, kThreads, 0, nullptr, s, Lists{keys.get(), places.get(), k}, values.get(),
+                 indices.get());
+  for (int64_t i = first; i < n; ++i) {
+    expect(indices.get()[i * k] == i % k, name + " nearest");
+    expect(std::abs(values.get()[i * k] - 2 / norm) < 1e-7, name + " value");
+    expect(indices.get()[i * k + 1] == i % k + k, name + " second");  // the same direction
+  }
+}
+
 void check_tiles() {
   Search<float> s{};
   for (const int64_t n : {kFar - 1, int64_t{70000}}) {
@@ -151,6 +214,8 @@ int main() {
   check_far_rows(kFar / 16 + 1, 16);   // the last row begins there
   check_far_rows(kFar / 16 + 70, 16);  // a whole tile behind
   check_far_rows(kFar / 7 + 3, 7);     // the border is inside a row
+  check_far_ranking(kFar / 16 + 5, 16, 70);
+  check_far_ranking(kFar / 7 + 5, 7, 20);
   if (failures == 0) std::printf("all offsets are right\n");
   return failures == 0 ? 0 : 1;
 }

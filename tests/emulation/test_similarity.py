@@ -81,6 +81,17 @@ def test_more_pairs_than_the_first_buffer_holds(ops: Any) -> None:
     checks.check_pairs(ops, *problem((70, 0, 3)), "cosine", -1.0)  # 2415 pairs, room for 1024
 
 
+def test_a_permission_that_is_not_used_changes_nothing(ops: Any) -> None:
+    x, _ = problem(SMALL)
+    arguments = (0.2, "cosine", False, False, -1, True)
+    found = zip(
+        ops.similarity_pairs(x, None, *arguments),
+        ops.similarity_pairs(x, None, *arguments, "bf16"),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in found)
+
+
 @by_shape
 def test_topk(ops: Any, shape: Shape) -> None:
     checks.check_topk(ops, *problem(shape), "cosine", 3)
@@ -162,6 +173,16 @@ X = torch.randn(4, 3)
             "similarity_pairs",
             (X, X.double(), 0.5, "cosine", False, False, -1, True),
             "similarity_pairs: y must be of x's dtype, got Double",
+        ),
+        (
+            "similarity_pairs",
+            (X, None, 0.5, "cosine", False, False, -1, True, "fp16"),
+            "similarity_pairs: precision must be one of fp32, bf16, got fp16",
+        ),
+        (
+            "similarity_topk",
+            (X, None, 1, "cosine", False, False, False, "bf16"),
+            "similarity_topk: precision must be fp32 without recheck, got bf16",
         ),
         (
             "similarity_topk",

@@ -76,6 +76,8 @@ def test_every_kernel_and_configuration_is_a_case() -> None:
         "segment_sums_kernel": [logsemiring._SEGMENT],
         "chain_kernel": [logsemiring._CHAIN],
         "chain_gradient_kernel": [logsemiring._CHAIN],
+        "maxima_kernel": [similarity._CONFIG],
+        "join_kernel": [{"": similarity._JOIN}],
     }
     for name, group in tables.items():
         for config in (config for table in group for config in table.values()):

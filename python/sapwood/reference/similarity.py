@@ -67,6 +67,7 @@ def similarity_pairs(
     include_self: bool,
     max_pairs: int,  # -1: all
     recheck: bool,
+    precision: str = "fp32",  # may only change how fast the result is found
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # row, col, value (E,), truncated ()
     s = similarity_matrix(x, x if y is None else y, kind, False)
     reaches = (s.abs() if absolute else s) >= threshold
@@ -87,6 +88,7 @@ def similarity_topk(
     absolute: bool,
     include_self: bool,
     recheck: bool,
+    precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:  # values, indices (N, k): best first, ties by index, then -inf and -1
     s = similarity_matrix(x, x if y is None else y, kind, False)
     n, m = s.shape

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import sapwood
 from sapwood._measure import Call
-from sapwood.cli.benchmarks.runner import Unavailable, WrongResult
+from sapwood.cli.benchmarks.runner import FamilyCase, Unavailable, require_small_error
 
 #: op of a case -> (baseline, providers)
 PROVIDERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -39,10 +40,11 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-
 
 
 @dataclass(frozen=True)
-class MaskedMatmulCase:
+class MaskedMatmulCase(FamilyCase):
     """One op at one size."""
 
-    op: str
+    table: ClassVar = PROVIDERS
+
     n: int
     k: int
     batch: int
@@ -54,14 +56,6 @@ class MaskedMatmulCase:
     def name(self) -> str:
         return f"{self.n}x{self.k} s={self.sparsity:g} B={self.batch}"
 
-    @property
-    def baseline(self) -> str:
-        return PROVIDERS[self.op][0]
-
-    @property
-    def providers(self) -> tuple[str, ...]:
-        return PROVIDERS[self.op][1]
-
     def build(self, provider: str) -> Call:
         return _BUILDERS[self.op](problem_of(self), provider)
 
@@ -69,11 +63,7 @@ class MaskedMatmulCase:
         results = result if isinstance(result, tuple) else (result,)
         for got, want in zip(results, _expected(self, provider), strict=True):
             error = _relative_error(_as_tensor(got), want)
-            if not error <= TOLERANCE[self.dtype]:
-                raise WrongResult(
-                    f"{self.op} {self.name}: {provider} is off by {error:.1e} in relative norm, "
-                    f"allowed are {TOLERANCE[self.dtype]:.0e}"
-                )
+            require_small_error(self, provider, error, TOLERANCE[self.dtype])
 
 
 @dataclass(frozen=True)

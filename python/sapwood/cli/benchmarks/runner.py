@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from sapwood._measure import Call, interleave
 
@@ -48,6 +48,32 @@ class Case(Protocol):
     def check(self, provider: str, result: object) -> None:
         """Compares a result with the reference in float64. Raises WrongResult."""
         ...
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """What the cases of a family share: the op decides who is compared with whom."""
+
+    #: op -> (baseline, providers)
+    table: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]]
+
+    op: str
+
+    @property
+    def baseline(self) -> str:
+        return self.table[self.op][0]
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        return self.table[self.op][1]
+
+
+def require_small_error(case: Case, provider: str, error: float, allowed: float) -> None:
+    """Raises WrongResult for an error above what is allowed, or NaN."""
+    if not error <= allowed:
+        raise WrongResult(
+            f"{case.op} {case.name}: {provider} is off by {error:.1e}, allowed are {allowed:.0e}"
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sapwood
 from sapwood._measure import Call
-from sapwood.cli.benchmarks.runner import Unavailable, WrongResult
+from sapwood.cli.benchmarks.runner import FamilyCase, Unavailable, require_small_error
 from sapwood.reference import similarity as reference
 
 THRESHOLD, K = 0.9, 10
@@ -35,10 +35,11 @@ CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class SimilarityCase:
+class SimilarityCase(FamilyCase):
     """One op at one size."""
 
-    op: str
+    table: ClassVar = PROVIDERS
+
     n: int
     k: int
     dtype: str = "float32"
@@ -48,24 +49,12 @@ class SimilarityCase:
     def name(self) -> str:
         return f"{self.n}x{self.k}"
 
-    @property
-    def baseline(self) -> str:
-        return PROVIDERS[self.op][0]
-
-    @property
-    def providers(self) -> tuple[str, ...]:
-        return PROVIDERS[self.op][1]
-
     def build(self, provider: str) -> Call:
         return _BUILDERS[self.op](problem_of(self), provider)
 
     def check(self, provider: str, result: object) -> None:
         error = _CHECKS[self.op](self, result)
-        if not error <= TOLERANCE[self.dtype]:
-            raise WrongResult(
-                f"{self.op} {self.name}: {provider} is off by {error:.1e}, "
-                f"allowed are {TOLERANCE[self.dtype]:.0e}"
-            )
+        require_small_error(self, provider, error, TOLERANCE[self.dtype])
 
 
 @lru_cache(maxsize=1)  # the providers of a case follow one another; a sweep must not pile up

@@ -12,6 +12,8 @@ from torch import Tensor
 from sapwood import _check, _register
 from sapwood.reference.similarity import KINDS, finite_rows
 
+PRECISIONS = ("fp32", "bf16")
+
 
 def rows(op: str, x: Tensor, y: Tensor | None, kind: str, *, matrices: bool = True) -> None:
     """Checks x (N, K) and y (M, K), or both with leading dimensions."""
@@ -45,6 +47,13 @@ def threshold(op: str, value: float) -> float:
     return number
 
 
+def precision(op: str, value: str, recheck: bool) -> None:
+    """Products in bfloat16 may propose, but not decide."""
+    _check.one_of(op, "precision", value, PRECISIONS)
+    if value != "fp32" and not recheck:
+        _check.fail(ValueError, op, "precision", "be fp32 without recheck", repr(value))
+
+
 def warn_about_rows(op: str, kind: str, check_finite: bool, *tensors: Tensor | None) -> None:
     """One warning per call on how many rows hold NaN or inf; on the CPU, where looking is free."""
     if not check_finite or torch.compiler.is_compiling() or _register.transforms_active():
@@ -60,7 +69,7 @@ def warn_about_rows(op: str, kind: str, check_finite: bool, *tensors: Tensor | N
             f"sapwood.{op}: {count} rows hold NaN or inf; "
             f"their similarity to all rows is {meaning}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

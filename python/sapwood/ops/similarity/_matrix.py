@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapwood import _backend
-from sapwood.ops.similarity import _checks, _specs
+from sapwood import _backend, _register
+from sapwood.ops.similarity import _checks, _gradients, _specs
 from sapwood.reference import similarity as reference
 
 _NAME = "similarity_matrix"
+_BLOCK = 160  # rows; smaller blocks lose more in small products than the upper half saves
 
 
 def _normalized(x: Tensor, kind: str) -> Tensor:
@@ -52,8 +53,37 @@ def _native(x: Tensor, y: Tensor | None, kind: str, absolute: bool) -> Tensor:
             unit = [torch.where(reference.finite_rows(t)[..., None], t, 0.0) for t in _sides(x, y)]
         else:
             unit = [_normalized(t, kind) for t in _sides(x, y)]
-        s = unit[0] @ unit[-1].mT
+        s = _gram(unit[0]) if _may_mirror(*unit) else unit[0] @ unit[-1].mT
     return s.abs() if absolute else s
+
+
+def _may_mirror(unit: Tensor, *other: Tensor) -> bool:
+    """Whether rows meet themselves, in a call that only wants the result."""
+    if torch.compiler.is_compiling() or _register.transforms_active():
+        return False
+    if other or unit.dim() != 2 or unit.device.type != "cpu" or _gradients.wanted(unit):
+        return False
+    return len(unit) > _BLOCK * torch.get_num_threads()  # else threads would wait for one another
+
+
+def _gram(unit: Tensor) -> Tensor:  # (N, K) -> (N, N)
+    """unit unit^T from the blocks on and above the diagonal; the others are their transposes."""
+    n = len(unit)
+    s = unit.new_empty(n, n)
+    for first in range(0, n, _BLOCK):
+        last = min(n, first + _BLOCK)
+        torch.mm(unit[first:last], unit[first:].T, out=s[first:last, first:])
+        s[last:, first:last] = s[first:last, last:].T
+    return s
+
+
+def _shows_finite_rows(s: Tensor, y: Tensor | None, kind: str) -> bool:
+    """Whether the diagonal says it: a row that is not finite has similarity 0 to itself."""
+    if torch.compiler.is_compiling() or _register.transforms_active():
+        return False
+    if y is not None or kind not in reference.UNIT_KINDS or s.dim() != 2 or s.device.type != "cpu":
+        return False
+    return int(torch.count_nonzero(s.detach().diagonal())) == len(s)
 
 
 def _sides(x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
@@ -114,10 +144,11 @@ def similarity_matrix(
         numbers without the conventions above.
     """
     _checks.rows(_NAME, x, y, kind, matrices=False)
-    _checks.warn_about_rows(_NAME, kind, check_finite, x, y)
     wide = reference.widened(x)
     wide_y = None if y is None else reference.widened(y)
     chosen = _backend.choose(_NAME, _BACKENDS, wide, wide_y, kind, absolute)
     with _checks.full_precision(x):
         result: Tensor = chosen.run(wide, wide_y, kind, absolute)
+    if not _shows_finite_rows(result, y, kind):
+        _checks.warn_about_rows(_NAME, kind, check_finite, x, y)
     return result

@@ -20,7 +20,7 @@ _ON_OVERFLOW = ("warn", "raise")
 def _backends(op: str) -> tuple[_backend.Backend, ...]:
     return (
         _backend.native(op, getattr(_specs, op)),
-        *_triton.backends(op),
+        _triton.backend(op),
         _backend.Backend("reference", lambda *_: None, getattr(reference, op)),
     )
 
@@ -88,6 +88,7 @@ def similarity_pairs(
     max_pairs: int | None = None,
     on_overflow: str = "warn",
     recheck: bool = True,
+    precision: str = "fp32",
     check_finite: bool = True,
 ) -> Pairs:
     """Pairs of rows whose similarity reaches a threshold; within x each pair once, with row < col.
@@ -111,6 +112,9 @@ def similarity_pairs(
         on_overflow: "warn" or "raise" when max_pairs left something out.
         recheck: decide in float64 where the product is too close to the threshold to tell, so that
             the pairs are those of float64 arithmetic. False trusts the product.
+        precision: "fp32", or "bf16" to let products be taken in bfloat16: done for float32 and half
+            precision on CPUs with AVX512-BF16 and by Triton, and not for euclidean. They only
+            propose; what counts is decided in float64, so the results are the same. Needs recheck.
         check_finite: warn about rows that hold NaN or inf (on the CPU).
 
     Returns:
@@ -131,30 +135,48 @@ def similarity_pairs(
     _check.one_of(op, "on_overflow", on_overflow, _ON_OVERFLOW)
     if max_pairs is not None and max_pairs < 0:
         _check.fail(ValueError, op, "max_pairs", "be at least 0", max_pairs)
+    _checks.precision(op, precision, recheck)
     _checks.warn_about_rows(op, kind, check_finite, x, y)
     chosen = _backend.choose(op, _PAIRS, x, y, limit, kind)
     most = -1 if max_pairs is None else max_pairs
     row, col, value, truncated = chosen.run(
-        x.detach(), _detached(y), limit, kind, absolute, include_self, most, recheck
+        x.detach(), _detached(y), limit, kind, absolute, include_self, most, recheck, precision
     )
     if _gradients.wanted(x, y):
         value = _gradients.attach(value, x, y, row, col, kind)
     pairs = Pairs(row, col, value, (len(x), len(x if y is None else y)), truncated)
     if max_pairs is not None and not torch.compiler.is_compiling() and pairs.truncated:
-        _report_overflow(pairs, max_pairs, on_overflow)
+        _report_overflow(pairs, max_pairs, on_overflow, y is None, include_self)
     return pairs
 
 
-def _report_overflow(pairs: Pairs, max_pairs: int, on_overflow: str) -> None:
+def _report_overflow(
+    pairs: Pairs, max_pairs: int, on_overflow: str, self_: bool, include_self: bool
+) -> None:
     message = f"sapwood.similarity_pairs: more than max_pairs={max_pairs} pairs reach the threshold"
+    if len(pairs):
+        about = float(f"{_extrapolated(pairs, self_, include_self):.2g}")
+        row = int(pairs.row[-1])
+        message += f", about {about:,.0f} judged by those up to row {row}, which are kept"
     if on_overflow == "raise":
         raise RuntimeError(message)
-    reached = f"; kept are those up to row {int(pairs.row[-1])}" if len(pairs) else ""
-    warnings.warn(message + reached, RuntimeWarning, stacklevel=3)
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def _explain_topk(x: Tensor, k: int, y: Tensor | None = None, **_: Any) -> _backend.Explanation:
-    return _backend.Explanation("similarity_topk", _backend.candidates(_TOPK, x, y, k))
+def _extrapolated(pairs: Pairs, self_: bool, include_self: bool) -> float:
+    """How many pairs there are in all, if the rest holds as many as the places up to the last."""
+    (n, m), row, col = pairs.shape, int(pairs.row[-1]), int(pairs.col[-1])
+    if not self_:
+        return len(pairs) * n * m / (row * m + col + 1)
+    diagonal = int(include_self)  # row i has n - 1 - i places beside it
+    seen = row * (2 * n - 1 - row) // 2 + row * diagonal + col - row + diagonal
+    return len(pairs) * (n * (n - 1) // 2 + n * diagonal) / seen
+
+
+def _explain_topk(
+    x: Tensor, k: int, y: Tensor | None = None, *, kind: str = "cosine", **_: Any
+) -> _backend.Explanation:
+    return _backend.Explanation("similarity_topk", _backend.candidates(_TOPK, x, y, k, kind))
 
 
 @_backend.explainable(_explain_topk)
@@ -167,6 +189,7 @@ def similarity_topk(
     absolute: bool = False,
     include_self: bool = False,
     recheck: bool = True,
+    precision: str = "fp32",
     check_finite: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The k most similar rows of y for every row of x; within x a row is not its own neighbour.
@@ -184,6 +207,9 @@ def similarity_topk(
         include_self: without y, a row may be its own neighbour.
         recheck: rank in float64 what the product cannot tell apart, so that the result is that of
             float64 arithmetic. False trusts the product.
+        precision: "fp32", or "bf16" to let products be taken in bfloat16: done for float32 and half
+            precision on CPUs with AVX512-BF16 and by Triton, and not for euclidean. They only
+            propose; what counts is decided in float64, so the results are the same. Needs recheck.
         check_finite: warn about rows that hold NaN or inf (on the CPU).
 
     Returns:
@@ -203,9 +229,12 @@ def similarity_topk(
     _checks.rows(op, x, y, kind)
     if k < 1:
         _check.fail(ValueError, op, "k", "be at least 1", k)
+    _checks.precision(op, precision, recheck)
     _checks.warn_about_rows(op, kind, check_finite, x, y)
-    chosen = _backend.choose(op, _TOPK, x, y, k)
-    values, indices = chosen.run(x.detach(), _detached(y), k, kind, absolute, include_self, recheck)
+    chosen = _backend.choose(op, _TOPK, x, y, k, kind)
+    values, indices = chosen.run(
+        x.detach(), _detached(y), k, kind, absolute, include_self, recheck, precision
+    )
     if _gradients.wanted(x, y):
         row = torch.arange(len(x), device=x.device).repeat_interleave(k)
         flat = _gradients.attach(values.flatten(), x, y, row, indices.flatten(), kind)
@@ -213,8 +242,10 @@ def similarity_topk(
     return values, indices
 
 
-def _explain_clusters(x: Tensor, *, threshold: float, **_: Any) -> _backend.Explanation:
-    lines = _backend.candidates(_CLUSTERS, x, threshold)
+def _explain_clusters(
+    x: Tensor, *, threshold: float, kind: str = "cosine", **_: Any
+) -> _backend.Explanation:
+    lines = _backend.candidates(_CLUSTERS, x, threshold, kind)
     return _backend.Explanation("similarity_clusters", lines)
 
 
@@ -254,6 +285,6 @@ def similarity_clusters(
     _checks.rows(op, x, None, kind)
     limit = _checks.threshold(op, threshold)
     _checks.warn_about_rows(op, kind, check_finite, x)
-    chosen = _backend.choose(op, _CLUSTERS, x, limit)
+    chosen = _backend.choose(op, _CLUSTERS, x, limit, kind)
     labels: Tensor = chosen.run(x.detach(), limit, kind, absolute)
     return labels
