@@ -210,7 +210,8 @@ class _Run:
             if not trained:
                 self._train(model, "dense", self.config.epochs)
             masks = MaskSet.dense(model, settings.include, settings.exclude)
-            subject = Subject.dense(model, self._metric(model), masks, self._example)
+            rules = settings.include is not None or settings.exclude is not None
+            subject = Subject.dense(model, self._metric(model), masks, self._example, rules=rules)
             store.save(subject, model, None)
         networks: list[nn.Module] = list(subject.networks)
         small = networks[-1] if networks else copy.deepcopy(subject.model)
