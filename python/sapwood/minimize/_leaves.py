@@ -93,6 +93,12 @@ class _StandIn(nn.Module):
         super().__init__()
         self.site = site
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(_SITES[self.__dict__["site"]].module, name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         site = _SITES[self.site]
         site.calls.append(Call(args, kwargs))

@@ -71,7 +71,7 @@ def traced(model: nn.Module, inputs: Inputs) -> Iterator[Traced]:
     for name, tensor in _named_tensors(model):
         canonical.setdefault(id(tensor), name)
     first = {name: canonical[id(tensor)] for name, tensor in _named_tensors(model)}
-    with leaf_sites(model) as surface:
+    with leaf_sites(model) as surface, torch.enable_grad():
         program = _export(surface, inputs)
         yield _read(program, first, inputs)
 

@@ -12,11 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from sapwood import _check
-from sapwood.minimize._analysis import Options, Outcome, analysed
+from sapwood.minimize._analysis import Options, Outcome, analysed, analysed_trace
 from sapwood.minimize._masks import materialised
-from sapwood.minimize._trace import Inputs
+from sapwood.minimize._trace import Inputs, traced
+from sapwood.minimize.attentions import Attentions, find_attentions
 from sapwood.minimize.errors import MinimizeError
-from sapwood.minimize.plan import Plan, fingerprint
+from sapwood.minimize.layers import Edit
+from sapwood.minimize.plan import Plan, Refusal, fingerprint
 from sapwood.minimize.report import MinimizeReport, cost, moved_parameters, track
 from sapwood.minimize.surgery import operate
 from sapwood.minimize.verify import TOLERANCE, difference, draws
@@ -91,22 +93,46 @@ def _planned(
     exact = copy.deepcopy(plain).cpu().double()
     exact.requires_grad_(True)
     wide = inputs.map(lambda t: t.detach().cpu().double() if t.is_floating_point() else t.cpu())
-    outcome = analysed(exact, wide, options)
-    small, problem = _tried(exact, outcome, wide)
+    with traced(exact, wide) as trace:
+        found = find_attentions(exact, wide, trace)
+        outcome = None if found.edits else analysed_trace(exact, trace, options)
+    common = operate(exact, found.edits.values()).requires_grad_(True)
+    if outcome is None:
+        outcome = analysed(common, wide, options)
+    small, problem = _tried(common, outcome, wide)
     if problem is not None:
-        options = replace(options, refused=_culprits(exact, outcome, wide, options))
-        outcome = analysed(exact, wide, options)
-        small, problem = _tried(exact, outcome, wide)
+        options = replace(options, refused=_culprits(common, outcome, wide, options))
+        outcome = analysed(common, wide, options)
+        small, problem = _tried(common, outcome, wide)
         if problem is not None:
             raise MinimizeError(f"sapwood.minimize: the rewrite must compute the same: {problem}")
+    edits = [*_needed(found, outcome.edits), *outcome.edits]
+    small = operate(exact, edits)
     plan = Plan(
         outcome.groups(),
-        outcome.edits,
-        outcome.refusals(),
+        edits,
+        [*outcome.refusals(), *_left_alone(found)],
         fingerprint(plain),
         dict(promises or {}),
     )
     return _Planned(plan, exact, small, wide)
+
+
+def _needed(found: Attentions, edits: list[Edit]) -> list[Edit]:
+    """The common forms that surgery cuts; other attention stays as it is written."""
+    cut = {edit["module"] for edit in edits if edit["op"] == "attention"}
+    return [
+        edit
+        for path, edit in found.edits.items()
+        if path in cut or f"{path}.attention".lstrip(".") in cut
+    ]
+
+
+def _left_alone(found: Attentions) -> list[Refusal]:
+    return [
+        Refusal(path, 0, f"attention is kept whole: {reason}")
+        for path, reason in found.refused.items()
+    ]
 
 
 def _tried(exact: nn.Module, outcome: Outcome, inputs: Inputs) -> tuple[nn.Module, str | None]:

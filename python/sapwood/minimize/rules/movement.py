@@ -193,20 +193,17 @@ def _across(step: Step, parts: list[Facts], axis: int) -> list[Tensor]:
 def _along(step: Step, parts: list[Facts], axis: int) -> list[Tensor]:
     """Fields along the axis, one after the other."""
     atoms = step.analysis.atoms
+    views = [part.on_axis(axis) for part in parts]
+    for field in (field for _, mixed, _ in views for field in mixed):
+        atoms.pin(field, f"{step.place} joins channels that are spread over several axes")
+    if all(vector is None for vector, _, _ in views):
+        return []
     pieces: list[Tensor] = []
-    carried = False
-    for part in parts:
-        vector, mixed, _ = part.on_axis(axis)
-        for field in mixed:
-            atoms.pin(field, f"{step.place} joins channels that are spread over several axes")
+    for part, (vector, _, _) in zip(parts, views, strict=True):
         if vector is None:
             vector = atoms.new(part.shape[axis], step.node.name)
             atoms.pin(vector, f"{step.place} joins channels with an axis that has none")
-        else:
-            carried = True
         pieces.append(vector)
-    if not carried:
-        return []
     shape = [1] * step.value.dim()
     shape[axis] = -1
     return [torch.cat(pieces).reshape(shape)]
