@@ -178,8 +178,8 @@ class _Live(TorchDispatchMode):
     """Counts the bytes of tensors that are alive between ops."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.most = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most: int = 0
         self._held = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -206,7 +206,8 @@ class _Live(TorchDispatchMode):
 def peak_bytes(call: Callable[[], object]) -> int:
     """The most bytes that the tensors made by a call hold at once."""
     call()
-    with _Live() as live:
+    live = _Live()
+    with live:
         call()
     return live.most
 
@@ -223,19 +224,19 @@ def show(result: Result) -> None:
         )
     r = result.request
     if result.runs:
-        title = f"{r.digits}-digit addition, {r.train} pairs, {r.epochs} epochs, net {r.net}"
+        title = f"{r.digits}-digit sums: {r.train} pairs"
         columns = ["seed", "sum", "digit", "train sum", "time"]
         out.print(console.table(title, columns, _rows(result)))
-        wrong = 100 * statistics.fmean(run.sum_accuracy for run in result.runs)
+        right = 100 * statistics.fmean(run.sum_accuracy for run in result.runs)
         digit = statistics.fmean(run.digit_accuracy for run in result.runs)
         out.print(
-            f"{wrong:.1f} % of the sums are right, from digits read right {100 * digit:.1f} % of "
+            f"{right:.1f} % of the sums are right, from digits read right {100 * digit:.1f} % of "
             "the time; no digit was ever labelled.",
             soft_wrap=True,
         )
     out.print(
-        f"symbolic part: {100 * max(result.share, 0):.1f} % of a step; {machine_name()}; "
-        f"data: {result.source}",
+        f"{r.epochs} epochs of net {r.net} on {result.source}; symbolic part: "
+        f"{100 * max(result.share, 0):.1f} % of a step ({machine_name()})",
         soft_wrap=True,
     )
 
