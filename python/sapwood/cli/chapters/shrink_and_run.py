@@ -161,6 +161,8 @@ def _figure(m: Measured) -> str:
             xlim=(0.6 * min(sizes), 1.7 * max(sizes)),
             ylim=(min(accuracies) - margin, max(accuracies) + 2 * margin),
         )
+        ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        ax.minorticks_off()
         return plots.svg(figure, "test accuracy against the number of parameters, by cycle")
 
 
