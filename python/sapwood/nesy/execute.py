@@ -196,7 +196,10 @@ def _leaf_slots(
         depth = 1 + (source.parent_support is not None)
         if weights.dim() == depth:
             weights = weights.unsqueeze(0)
-        flat = weights.reshape(len(numbers), -1, math.prod(weights.shape[1:]))
+        if inputs:
+            flat = weights.reshape(len(numbers), -1, math.prod(weights.shape[1:]))
+        else:  # the same weights for all
+            flat = weights.reshape(1, 1, -1).expand(len(numbers), 1, -1)
         if batch is not None and flat.shape[1] not in (1, batch):
             _check.fail(
                 ValueError, f"nesy.{source.name}", "net's output", f"have {batch} rows per input",
