@@ -61,6 +61,7 @@ class Site:
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path, self.module = path, module
         self.calls: list[Call] = []
+        self.uses = 0  # in the graph; the exporter may run the model several times
 
     def run(self, call: int, tensors: list[Tensor]) -> Tensor:
         """Runs the module; on fake tensors it uses fake parameters."""
