@@ -143,8 +143,9 @@ class Subject:
         cls, model: nn.Module, metric: float, masks: MaskSet, example: Tensor, *, rules: bool
     ) -> Subject:
         """The dense network, measured; ``rules`` says whether ``masks`` are not the default."""
+        device = next(model.parameters()).device
         with evaluating(model):
-            size = cost(model, Inputs.of(example))
+            size = cost(model, Inputs.of(example.to(device)))
         total = sum(count for _, count in masks.counts().values())
         point = Cycle(0, size.parameters, size.bytes, size.macs, total, 0.0, metric)
         return cls(model, point, total, list(masks) if rules else None)
