@@ -67,6 +67,7 @@ class Analysis:
         self.atoms = Atoms()
         self.layers: list[Layer] = []
         self.slots: list[Slot] = []
+        self.notes: dict[str, str] = {}  # layer -> why it is left alone
         self.balances: list[Balance] = []
         self._labels: dict[str, tuple[Tensor, ...]] = {}
         self._taps = set(options.keep) | _hooked(model)
@@ -182,13 +183,20 @@ class Analysis:
             flags = [self.atoms.find(a) in kept for a in atoms.flatten().tolist()]
             return torch.tensor(flags, dtype=torch.bool).reshape(atoms.shape)
 
-        demands: list[Balance] = [layer.demand for layer in self.layers] + self.balances
-        demands.append(self._never_empty)
+        demands = [layer.demand for layer in reversed(self.layers)]
+        # What has to be evened out is known only once all demands are.
+        corrections = [*self.balances, self._never_empty]
         while True:
             before = len(kept)
             for demand in demands:
                 kept.update(self.atoms.find(a) for a in demand(holds).unique().tolist())
-            if len(kept) == before:
+            if len(kept) > before:
+                continue
+            for correct in corrections:
+                kept.update(self.atoms.find(a) for a in correct(holds).unique().tolist())
+                if len(kept) > before:
+                    break
+            else:
                 return kept
 
     def _never_empty(self, holds: Callable[[Tensor], Tensor]) -> Tensor:
@@ -260,7 +268,7 @@ class Outcome:
 
     def refusals(self) -> list[Refusal]:
         """Groups that stay for a reason other than being the output."""
-        found: list[Refusal] = []
+        found = [Refusal(layer, 0, why) for layer, why in self._analysis.notes.items()]
         loose = self._analysis.loose()
         for space in self._analysis.atoms.spaces:
             if space.start in loose:

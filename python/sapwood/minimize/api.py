@@ -69,10 +69,12 @@ def analyze(
 
     Raises:
         MinimizeError: if the model cannot be traced.
-        ValueError: if the model is in training mode, or an option is unknown.
+        ValueError: if the model is in training mode, an option is unknown, or ``keep`` names no
+            module.
         MaskMatchError: if a mask has no parameter.
     """
     _check_options(rules, border, round_to)
+    _check_keep(model, keep)
     with _evaluating(model, force_eval):
         plain = materialised(model, masks)
     inputs = Inputs.of(example_inputs)
@@ -130,8 +132,7 @@ def _needed(found: Attentions, edits: list[Edit]) -> list[Edit]:
 
 def _left_alone(found: Attentions) -> list[Refusal]:
     return [
-        Refusal(path, 0, f"attention is kept whole: {reason}")
-        for path, reason in found.refused.items()
+        Refusal(path, 0, f"no plain attention: {reason}") for path, reason in found.refused.items()
     ]
 
 
@@ -213,13 +214,15 @@ def minimize(
     Raises:
         MinimizeError: if the model cannot be traced, or the two networks differ by more than 1e-9
             of the output's scale; the model is then unchanged.
-        ValueError: if the model is in training mode, or an option is unknown.
+        ValueError: if the model is in training mode, an option is unknown, or ``keep`` names no
+            module.
         MaskMatchError: if a mask has no parameter.
 
     References:
         Our implementation of the contract of Squeeze-Release, arXiv:2606.14346; the rules are ours.
     """
     _check_options(rules, border, round_to)
+    _check_keep(model, keep)
     with _evaluating(model, force_eval):
         plain = materialised(model, masks)
     inputs = Inputs.of(example_inputs)
@@ -231,7 +234,7 @@ def minimize(
     new = dict(small.named_parameters())
     before, after = (cost(m, planned.inputs) for m in (planned.before, planned.after))
     sizes = [sum(t.numel() * t.element_size() for t in _stored(m)) for m in (plain, small)]
-    small.train(model.training)
+    _copy_modes(model, small)
     report = MinimizeReport(
         before.parameters,
         after.parameters,
@@ -249,6 +252,15 @@ def minimize(
         model.__dict__.update(small.__dict__)
         return model, report
     return small, report
+
+
+def _copy_modes(model: nn.Module, small: nn.Module) -> None:
+    """Training or evaluation, module by module; new modules are in the mode of their parent."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in small.named_modules():
+        if name not in modes:
+            modes[name] = modes[name.rpartition(".")[0]]
+        module.training = modes[name]
 
 
 def _stored(model: nn.Module) -> Iterator[Tensor]:
@@ -274,6 +286,13 @@ def _check_options(rules: str, border: str, round_to: int) -> None:
     _check.one_of("minimize", "border", border, ("table", "ones", "refuse"))
     if round_to < 1:
         _check.fail(ValueError, "minimize", "round_to", "be at least 1", round_to)
+
+
+def _check_keep(model: nn.Module, keep: Sequence[str]) -> None:
+    names = {name for name, _ in model.named_modules()}
+    for name in keep:
+        if name not in names:
+            _check.fail(ValueError, "minimize", "keep", "name modules of the model", repr(name))
 
 
 @contextmanager

@@ -94,7 +94,8 @@ class AttentionLayer(Layer):
         """(kv heads, d) bool."""
         return self.v.constant if self.complete else self.v.zero
 
-    def _part(self, holds: Holds) -> _Part:
+    def _part(self, holds: Holds, *, empty: bool = False) -> _Part:
+        """What stays for the channels that are held; ``empty`` allows no head at all."""
         read = self.reads[self.rows(holds)].any(0)  # (heads, d)
         live = ~self.foldable_values()
         groups = sorted(set(self.kv_of_head))
@@ -107,7 +108,7 @@ class AttentionLayer(Layer):
         heads = [
             h for h, g in enumerate(self.kv_of_head) if values[g] and bool(read[h, values[g]].any())
         ]
-        if not heads:
+        if not heads and not empty:
             heads = [0]
             values[self.kv_of_head[0]] = [0]
         scores: dict[int, list[int]] = {}
@@ -129,7 +130,13 @@ class AttentionLayer(Layer):
         return found if len(found) > 1 else []
 
     def demand(self, holds: Holds) -> Tensor:
-        part = self._part(holds)
+        return self._read(self._part(holds, empty=True))
+
+    def balance(self, holds: Holds) -> Tensor:
+        """At least one head, once it is known that none is needed."""
+        return self._read(self._part(holds))
+
+    def _read(self, part: _Part) -> Tensor:
         q, k, v = (torch.zeros_like(p.constant) for p in (self.q, self.k, self.v))
         for g, dims in part.scores.items():
             every = dims + [d for d, _ in part.merged[g]]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree
 
 from sapwood.minimize._trace import Inputs, Traced, owners
 from sapwood.minimize.layers import Edit
@@ -68,6 +69,9 @@ def find_attentions(model: nn.Module, inputs: Inputs, trace: Traced) -> Attentio
     calls = _recorded(model, inputs, packed)
     for path in packed:
         module = model.get_submodule(path)
+        if any(_weights_used(model, inputs, path, call) for call in calls[path]):
+            found.refused[path] = "its weights are used"
+            continue
         _propose(found, model, path, calls[path], partial(_packed, module))
     cores = [node for node in trace.graph.nodes if _is_core(node)]
     cores = [node for node in cores if not owners(node) & set(packed)]
@@ -78,7 +82,9 @@ def find_attentions(model: nn.Module, inputs: Inputs, trace: Traced) -> Attentio
         if isinstance(proposal, str):
             found.refused[str(core)] = proposal
         elif paths.count(proposal.path) > 1 or proposal.path == "":
-            found.refused[proposal.path] = "several attentions in one module"
+            found.refused[proposal.path] = (
+                "it is written in one module with the rest of the network"
+            )
         else:
             call = calls[proposal.path]
             make = partial(proposal.edit, call)
@@ -108,6 +114,30 @@ def _recorded(model: nn.Module, inputs: Inputs, paths: list[str]) -> dict[str, l
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _weights_used(model: nn.Module, inputs: Inputs, path: str, call: _Call) -> bool:
+    """Whether the model's outputs change with the attention weights that a module returns."""
+    if not isinstance(call.output, tuple) or call.output[1] is None:
+        return False
+
+    def spoil(module: nn.Module, args: Any, output: Any) -> Any:
+        return output[0], torch.full_like(output[1], math.nan)
+
+    outputs = []
+    for hook in (None, spoil):
+        handle = None if hook is None else model.get_submodule(path).register_forward_hook(hook)
+        try:
+            with torch.no_grad():
+                fresh = inputs.map(lambda t: t.clone())
+                outputs.append(_pytree.tree_leaves(model(*fresh.args, **fresh.kwargs)))
+        finally:
+            if handle is not None:
+                handle.remove()
+    return any(
+        isinstance(a, Tensor) and not torch.allclose(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+        for a, b in zip(*outputs, strict=True)
+    )
 
 
 def _propose(
@@ -274,11 +304,18 @@ def _behind(node: Any, more: tuple[str, ...]) -> tuple[Any, list[fx.Node]]:
         if not (moves or name in more or "getitem" in name):
             break
         sources = [n for n in node.all_input_nodes if n.op == "call_function"]
+        if name in _MASKINGS:
+            sources = [n for n in sources if _alike(n, node)]
         if len(sources) != 1:
             break
         way.append(node)
         node = sources[0]
     return node, way
+
+
+def _alike(one: fx.Node, other: fx.Node) -> bool:
+    a, b = one.meta["val"], other.meta["val"]
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def _read(model: nn.Module, trace: Traced, core: fx.Node) -> _Proposal | str:

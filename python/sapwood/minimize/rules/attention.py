@@ -49,6 +49,7 @@ def attention(
         out.bias is not None,
     )
     analysis.layers.append(layer)
+    analysis.balances.append(layer.balance)
     live = ~layer.foldable_values()[list(module.kv_of_head)]
     kinds = torch.where((reads & live).flatten(1).any(1), LIVE, CONSTANT).to(torch.uint8)
     shape = [1] * (step.value.dim() - 1) + [-1]

@@ -221,7 +221,7 @@ def pad(step: Step) -> Any:
     """Padding along positions; constants stay uniform unless the padding holds another number."""
     source = step.analysis.labelled(step.facts()[0])
     amounts = step.bound()["pad" if step.name in ("pad", "constant_pad_nd") else "padding"]
-    axes = [source.ndim - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
+    axes = sorted({source.ndim - 1 - i // 2 for i, amount in enumerate(amounts) if amount})
     if any(axis in varying(field) for field in source.fields for axis in axes):
         return opaque(step, f"{step.place} pads an axis of channels")
     kind = source.kind.amax(axes, keepdim=True) if axes else source.kind
