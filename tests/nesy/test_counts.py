@@ -123,6 +123,26 @@ def test_static_programs_follow_slices_shapes_and_closures() -> None:
                 assert torch.equal(found, expected)
 
 
+def test_static_programs_tell_arguments_of_one_memory_apart() -> None:
+    """Learnt on two views of one tensor, then called with two tensors; gradients reach both."""
+    digit = nesy.Categorical(nn.Identity(), range(10))
+
+    @nesy.do(static=True)
+    def run(x: Tensor, y: Tensor, n: Any) -> Generator[Any, Any, Any]:
+        return (yield digit(x)) - (yield digit(y)) == n
+
+    n = nesy.observed(torch.tensor([0, 3]))
+    both = torch.randn(2, 2, 10, requires_grad=True)
+    for x, y in (both.unbind(1), (both[:, 0], torch.randn(2, 2, 10)[:, 1])):
+        p, q = x.softmax(-1), y.softmax(-1)
+        expected = torch.stack([(p[0] * q[0]).sum(), (p[1, 3:] * q[1, :7]).sum()])
+        found = run(x, y, n).log_truth()
+        torch.testing.assert_close(found.exp(), expected)
+        (grad,) = torch.autograd.grad(found.sum(), both, retain_graph=True)
+        (wanted,) = torch.autograd.grad(expected.log().sum(), both)
+        torch.testing.assert_close(grad, wanted)
+
+
 def test_static_programs_that_compute_inputs_are_traced(caplog: pytest.LogCaptureFixture) -> None:
     digit = nesy.Categorical(nn.Linear(4, 10), range(10))
 
