@@ -111,32 +111,43 @@ class EncoderViT(nn.Module):
         return logits
 
 
+class GroupedAttention(nn.Module):
+    """Causal attention whose query heads share keys and values in groups."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.dim = heads, kv_heads, width // heads
+        self.q = nn.Linear(width, heads * self.dim, bias=False)
+        self.k = nn.Linear(width, kv_heads * self.dim, bias=False)
+        self.v = nn.Linear(width, kv_heads * self.dim, bias=False)
+        self.o = nn.Linear(heads * self.dim, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, _ = x.shape
+        q = self.q(x).view(n, tokens, self.heads, self.dim).transpose(1, 2)
+        k = self.k(x).view(n, tokens, self.kv_heads, self.dim).transpose(1, 2)
+        v = self.v(x).view(n, tokens, self.kv_heads, self.dim).transpose(1, 2)
+        shared = self.heads // self.kv_heads
+        k, v = (t.repeat_interleave(shared, 1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        projected: Tensor = self.o(y.transpose(1, 2).reshape(n, tokens, -1))
+        return projected
+
+
 class GatedBlock(nn.Module):
     """A block in the manner of Llama: RMSNorm, grouped-query attention, SwiGLU."""
 
     def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.dim = heads, kv_heads, width // heads
         self.norm1 = nn.RMSNorm(width, eps=1e-6)
-        self.q = nn.Linear(width, heads * self.dim, bias=False)
-        self.k = nn.Linear(width, kv_heads * self.dim, bias=False)
-        self.v = nn.Linear(width, kv_heads * self.dim, bias=False)
-        self.o = nn.Linear(heads * self.dim, width, bias=False)
+        self.attention = GroupedAttention(width, heads, kv_heads)
         self.norm2 = nn.RMSNorm(width, eps=1e-6)
         self.gate = nn.Linear(width, 2 * width, bias=False)
         self.up = nn.Linear(width, 2 * width, bias=False)
         self.down = nn.Linear(2 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, tokens, _ = x.shape
-        h = self.norm1(x)
-        q = self.q(h).view(n, tokens, self.heads, self.dim).transpose(1, 2)
-        k = self.k(h).view(n, tokens, self.kv_heads, self.dim).transpose(1, 2)
-        v = self.v(h).view(n, tokens, self.kv_heads, self.dim).transpose(1, 2)
-        shared = self.heads // self.kv_heads
-        k, v = (t.repeat_interleave(shared, 1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o(y.transpose(1, 2).reshape(n, tokens, -1))
+        x = x + self.attention(self.norm1(x))
         h = self.norm2(x)
         gated: Tensor = self.down(F.silu(self.gate(h)) * self.up(h))
         return x + gated

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sapwood.minimize import Cycle, SqueezeRelease, SqueezeReleaseResult
+from sapwood.data import load_digits
+from sapwood.minimize import CompensatedLayerNorm, Cycle, SqueezeRelease, SqueezeReleaseResult
+from sapwood.models import ConvNeXt, mlp
 from sapwood.pruning import Magnitude, MaskSet, Progress, TrainConfig
 
 Pair = tuple[Tensor, Tensor]
@@ -232,6 +234,32 @@ def test_dead_units_in_a_residual_stream_go() -> None:
     assert network.hidden.out_channels < 24
 
 
+def test_layer_norms_lose_channels_cycle_after_cycle() -> None:
+    """Of a small ConvNeXt hidden units go, and stream channels through CompensatedLayerNorm."""
+    pytest.importorskip("sklearn")
+    data = load_digits()
+    torch.manual_seed(0)
+    model = ConvNeXt((1, 8, 8), 10, widths=(8, 24), depths=(1, 1), patch=2)
+    train = TrainConfig(
+        epochs=6, lr=5e-3, optimizer="adamw", weight_decay=0.01, batch_size=64, seed=0
+    )
+    pairs = (
+        (data.train_inputs[:700], data.train_labels[:700]),
+        (data.test_inputs, data.test_labels),
+    )
+    found = SqueezeRelease(cycles=2, first_sparsity=0.85, train=train).fit(model, *pairs)
+    norms = [
+        [m for m in network.modules() if isinstance(m, CompensatedLayerNorm)]
+        for network in found.networks
+    ]
+    widths = [min(norm.kept for norm in layers if norm.total == 24) for layers in norms]
+    assert 24 > widths[0] >= widths[1]
+    hidden = [network.stages[1][2].project.in_features for network in found.networks]
+    assert 96 > hidden[0] > hidden[1]
+    assert all(cycle.max_error <= 1e-9 and not cycle.refusals for cycle in found.cycles)
+    assert found.cycles[0].metric > 0.5  # 0.1 is chance; this is not about accuracy
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -253,9 +281,6 @@ def test_refusals(kwargs: dict[str, Any], message: str) -> None:
 
 def test_digits_shrink_threefold() -> None:
     """The point of the specification for CI: at least 3x, within 1.5 points, in seconds."""
-    from sapwood.data import load_digits
-    from sapwood.models import mlp
-
     pytest.importorskip("sklearn")
     data = load_digits()
     torch.manual_seed(0)

@@ -60,7 +60,7 @@ class Script:
 
         @nesy.do
         def run() -> Generator[Any, Any, Any]:
-            env: list[Any] = [observed if self.batched else 2]
+            env: list[Any] = [observed if self.batched else (yield nesy.uniform([2]))]
             yield from self._run(self.steps, env, x)
             return self.result(env)
 
@@ -116,7 +116,7 @@ class Script:
                 size += 1
             elif kind == "nested" and depth < 2 and self.drawn < self.most:
                 inner = self._block(size, depth + 1)
-                result = self._number(size + self._sizes(inner))
+                result = self._number(size + self._sizes(inner), data=False)
                 steps.append(("nested", inner, result))
                 size += 1
         return steps
@@ -176,6 +176,8 @@ class Script:
                 lambda env: first(env) == (env[0] if data else c),
                 lambda env: first(env) == c,
                 lambda env: first(env) <= second(env),
+                lambda env: first(env) <= second(env) + c,
+                lambda env: (first(env) != c) | (third(env) == second(env)),
                 lambda env: (first(env) != c) & (second(env) < 4),
                 lambda env: (first(env) == (env[0] if data else c)) & (third(env) != c),
                 lambda env: (first(env) == c) | (third(env) > second(env)),

@@ -156,7 +156,9 @@ def test_unnormalised_masses_tilt() -> None:
     assert chained(heads).log_truth().exp().item() == pytest.approx(0.745, abs=1e-12)
     tilted = nesy.Weighted(masses.log(), [0, 1], [0, 1], allow_tilt=True)
     assert chained(tilted).log_truth().exp().item() == pytest.approx(100 / 102, abs=1e-12)
-    assert chained(tilted).log_truth(strict=True).exp().item() == pytest.approx(100 / 102, abs=1e-12)
+    assert chained(tilted).log_truth(strict=True).exp().item() == pytest.approx(
+        100 / 102, abs=1e-12
+    )
     with pytest.raises(nesy.TiltError, match="allow_tilt"):
         chained(nesy.Weighted(masses.log(), [0, 1], [0, 1])).log_truth()
     single = nesy.Weighted(masses[1].log(), [0, 1])

@@ -153,6 +153,17 @@ def test_attention_joins_queries_and_keys_and_hands_on_values() -> None:
     )
 
 
+def test_values_are_not_compared_with_queries() -> None:
+    """Queries meet keys and have no reader; the strongest value of a layer still counts fully."""
+    model, x = build("vit_micro", (1, 16, 16), 10), seeded(2, 256)
+    masks = MaskSet.dense(model)
+    name, out = "blocks.0.attention.qkv.weight", "blocks.0.attention.out.weight"
+    before = GroupScore(x).scores(model, masks)[name][128:].max()
+    model.get_parameter(out).data *= 1e-3  # all values become weak readers' units alike
+    after = GroupScore(x).scores(model, masks)[name][128:].max()
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=0)
+
+
 def test_attention_of_torch_is_seen_too() -> None:
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)

@@ -21,6 +21,15 @@ class Arch(str, Enum):
     lenet300 = "lenet300"
     smallcnn = "smallcnn"
     resnet20 = "resnet20"
+
+
+class Shrinkable(str, Enum):
+    """The networks of ``sapwood minimize``."""
+
+    mlp = "mlp"
+    lenet300 = "lenet300"
+    smallcnn = "smallcnn"
+    resnet20 = "resnet20"
     convnext_micro = "convnext_micro"
     vit_micro = "vit_micro"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sapwood.cli import console
-from sapwood.cli.choices import Arch, Score, Task
+from sapwood.cli.choices import Score, Shrinkable, Task
 
 if TYPE_CHECKING:
     from sapwood.cli.shrinking import Shrunk
@@ -35,12 +35,12 @@ def minimize(
         Path | None, typer.Option(help="Folder of MNIST's or CIFAR-10's files.")
     ] = None,
     arch: Annotated[
-        Arch,
+        Shrinkable,
         typer.Option(
             metavar="ARCH",
             help="mlp, lenet300, smallcnn, resnet20, convnext_micro or vit_micro.",
         ),
-    ] = Arch.lenet300,
+    ] = Shrinkable.lenet300,
     cycles: Annotated[int, typer.Option(help="Prune, minimize, release: how often.", min=1)] = 4,
     sparsity: Annotated[float, typer.Option(help="Of the first cycle.")] = 0.9,
     factor: Annotated[

@@ -1,6 +1,7 @@
 """Squeeze-Release: a masked network rewritten exactly into a smaller dense one."""
 
 from sapwood.minimize._cycle import Cycle, SqueezeReleaseResult
+from sapwood.minimize.adapters import AttentionCall
 from sapwood.minimize.api import analyze, minimize
 from sapwood.minimize.errors import MinimizeError
 from sapwood.minimize.modules import (
@@ -23,6 +24,7 @@ from sapwood.minimize.storage import load, save
 
 __all__ = [
     "AppendOnes",
+    "AttentionCall",
     "BorderBias2d",
     "ChannelGroup",
     "CompensatedGroupNorm",

@@ -20,7 +20,16 @@ from sapwood.minimize.layers import Edit, Layer, cut, indices
 from sapwood.minimize.plan import ChannelGroup, Refusal
 from sapwood.minimize.rules import RULES, Step, map_facts, opaque, tensors_in
 
-__all__ = ["OUTPUT", "Analysis", "Balance", "Options", "Outcome", "Slot", "analysed"]
+__all__ = [
+    "OUTPUT",
+    "Analysis",
+    "Balance",
+    "Options",
+    "Outcome",
+    "Slot",
+    "analysed",
+    "analysed_trace",
+]
 
 #: Why the channels of the result stay: no refusal, but the contract.
 OUTPUT = "output of the model"
@@ -58,6 +67,7 @@ class Analysis:
         self.atoms = Atoms()
         self.layers: list[Layer] = []
         self.slots: list[Slot] = []
+        self.notes: dict[str, str] = {}  # layer -> why it is left alone
         self.balances: list[Balance] = []
         self._labels: dict[str, tuple[Tensor, ...]] = {}
         self._taps = set(options.keep) | _hooked(model)
@@ -85,6 +95,10 @@ class Analysis:
         if not bool(torch.isfinite(facts.value).all()):
             return f"{name} is not finite"
         return None
+
+    def loose(self) -> set[int]:
+        """First atoms of the axes of parameters that no layer owns."""
+        return {int(f.flatten()[0]) for fields in self._labels.values() for f in fields}
 
     def run(self) -> None:
         """Propagates facts through the graph, forward."""
@@ -169,13 +183,20 @@ class Analysis:
             flags = [self.atoms.find(a) in kept for a in atoms.flatten().tolist()]
             return torch.tensor(flags, dtype=torch.bool).reshape(atoms.shape)
 
-        demands: list[Balance] = [layer.demand for layer in self.layers] + self.balances
-        demands.append(self._never_empty)
+        demands = [layer.demand for layer in reversed(self.layers)]
+        # What has to be evened out is known only once all demands are.
+        corrections = [*self.balances, self._never_empty]
         while True:
             before = len(kept)
             for demand in demands:
                 kept.update(self.atoms.find(a) for a in demand(holds).unique().tolist())
-            if len(kept) == before:
+            if len(kept) > before:
+                continue
+            for correct in corrections:
+                kept.update(self.atoms.find(a) for a in correct(holds).unique().tolist())
+                if len(kept) > before:
+                    break
+            else:
                 return kept
 
     def _never_empty(self, holds: Callable[[Tensor], Tensor]) -> Tensor:
@@ -192,15 +213,20 @@ def _hooked(model: nn.Module) -> set[str]:
 
 
 def analysed(model: nn.Module, inputs: Inputs, options: Options) -> Outcome:
-    """Analyses a plain float64 model in evaluation mode."""
-    with torch.enable_grad(), traced(model, inputs) as trace:
-        analysis = Analysis(model, trace, options)
-        with torch.no_grad():
-            analysis.run()
-            for space in analysis.atoms.spaces:
-                if space.name in options.refused:
-                    analysis.atoms.pin(space.atoms, options.refused[space.name])
-            return Outcome(analysis, analysis.solve())
+    """Traces and analyses a plain float64 model in evaluation mode."""
+    with traced(model, inputs) as trace:
+        return analysed_trace(model, trace, options)
+
+
+def analysed_trace(model: nn.Module, trace: Traced, options: Options) -> Outcome:
+    """Analyses a model that has been traced, within the block of its trace."""
+    analysis = Analysis(model, trace, options)
+    with torch.no_grad():
+        analysis.run()
+        for space in analysis.atoms.spaces:
+            if space.name in options.refused:
+                analysis.atoms.pin(space.atoms, options.refused[space.name])
+        return Outcome(analysis, analysis.solve())
 
 
 class Outcome:
@@ -242,8 +268,11 @@ class Outcome:
 
     def refusals(self) -> list[Refusal]:
         """Groups that stay for a reason other than being the output."""
-        found: list[Refusal] = []
+        found = [Refusal(layer, 0, why) for layer, why in self._analysis.notes.items()]
+        loose = self._analysis.loose()
         for space in self._analysis.atoms.spaces:
+            if space.start in loose:
+                continue  # positions of a table, say: its channels are those of a layer
             for reason, count in self._reasons(space.atoms).items():
                 if reason != OUTPUT:
                     found.append(Refusal(space.name, count, reason))

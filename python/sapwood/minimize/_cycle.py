@@ -127,25 +127,28 @@ def _beats(one: Cycle, other: Cycle) -> bool:
 class Subject:
     """The network that a run began with, and what became of it.
 
-    ``names`` are the prunable parameters of the latest network, ``prunable`` the number of their
-    weights in the dense one.
+    ``names`` are the prunable parameters of the latest network where rules chose them, else None;
+    ``prunable`` is the number of their weights in the dense one.
     """
 
     model: nn.Module
     point: Cycle
     prunable: int
-    names: list[str]
+    names: list[str] | None
     cycles: list[Cycle] = field(default_factory=list)
     networks: list[nn.Module] = field(default_factory=list)
 
     @classmethod
-    def dense(cls, model: nn.Module, metric: float, masks: MaskSet, example: Tensor) -> Subject:
-        """The dense network, measured."""
+    def dense(
+        cls, model: nn.Module, metric: float, masks: MaskSet, example: Tensor, *, rules: bool
+    ) -> Subject:
+        """The dense network, measured; ``rules`` says whether ``masks`` are not the default."""
+        device = next(model.parameters()).device
         with evaluating(model):
-            size = cost(model, Inputs.of(example))
+            size = cost(model, Inputs.of(example.to(device)))
         total = sum(count for _, count in masks.counts().values())
         point = Cycle(0, size.parameters, size.bytes, size.macs, total, 0.0, metric)
-        return cls(model, point, total, list(masks))
+        return cls(model, point, total, list(masks) if rules else None)
 
     def exceeds(self, max_drop: float | None) -> bool:
         """Whether the latest cycle lost more than allowed."""
@@ -156,9 +159,11 @@ class Subject:
     def minimize(
         self, model: nn.Module, masks: MaskSet, example: Tensor
     ) -> tuple[nn.Module, MinimizeReport]:
-        """Minimizes and follows the prunable parameters to their new names."""
+        """Minimizes and follows chosen parameters to their new names."""
         small, report = minimize(model, example, masks=masks, force_eval=True)
-        self.names = [report.param_map[name].name for name in masks if name in report.param_map]
+        if self.names is not None:
+            moved = report.param_map
+            self.names = [moved[name].name for name in self.names if name in moved]
         return small, report
 
     def masks(self, model: nn.Module, *, zeros: bool = False) -> MaskSet:

@@ -61,6 +61,7 @@ class Site:
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path, self.module = path, module
         self.calls: list[Call] = []
+        self.uses = 0  # in the graph; the exporter may run the model several times
 
     def run(self, call: int, tensors: list[Tensor]) -> Tensor:
         """Runs the module; on fake tensors it uses fake parameters."""
@@ -92,6 +93,12 @@ class _StandIn(nn.Module):
     def __init__(self, site: int) -> None:
         super().__init__()
         self.site = site
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(_SITES[self.__dict__["site"]].module, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         site = _SITES[self.site]

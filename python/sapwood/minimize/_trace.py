@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
-from sapwood.minimize._leaves import leaf_sites
+from sapwood.minimize._leaves import LEAF_OPERATION, leaf_sites, site_of
 from sapwood.minimize.errors import MinimizeError
 
 __all__ = ["Inputs", "Traced", "owner", "owners", "traced"]
@@ -71,8 +71,11 @@ def traced(model: nn.Module, inputs: Inputs) -> Iterator[Traced]:
     for name, tensor in _named_tensors(model):
         canonical.setdefault(id(tensor), name)
     first = {name: canonical[id(tensor)] for name, tensor in _named_tensors(model)}
-    with leaf_sites(model) as surface:
+    with leaf_sites(model) as surface, torch.enable_grad():
         program = _export(surface, inputs)
+        for node in program.graph.nodes:
+            if str(node.target) == LEAF_OPERATION:
+                site_of(node.args[1]).uses += 1
         yield _read(program, first, inputs)
 
 

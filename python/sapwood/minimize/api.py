@@ -12,11 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from sapwood import _check
-from sapwood.minimize._analysis import Options, Outcome, analysed
+from sapwood.minimize._analysis import Options, Outcome, analysed, analysed_trace
 from sapwood.minimize._masks import materialised
-from sapwood.minimize._trace import Inputs
+from sapwood.minimize._trace import Inputs, traced
+from sapwood.minimize.attentions import Attentions, find_attentions
 from sapwood.minimize.errors import MinimizeError
-from sapwood.minimize.plan import Plan, fingerprint
+from sapwood.minimize.layers import Edit
+from sapwood.minimize.plan import Plan, Refusal, fingerprint
 from sapwood.minimize.report import MinimizeReport, cost, moved_parameters, track
 from sapwood.minimize.surgery import operate
 from sapwood.minimize.verify import TOLERANCE, difference, draws
@@ -67,10 +69,12 @@ def analyze(
 
     Raises:
         MinimizeError: if the model cannot be traced.
-        ValueError: if the model is in training mode, or an option is unknown.
+        ValueError: if the model is in training mode, an option is unknown, or ``keep`` names no
+            module.
         MaskMatchError: if a mask has no parameter.
     """
     _check_options(rules, border, round_to)
+    _check_keep(model, keep)
     with _evaluating(model, force_eval):
         plain = materialised(model, masks)
     inputs = Inputs.of(example_inputs)
@@ -91,22 +95,45 @@ def _planned(
     exact = copy.deepcopy(plain).cpu().double()
     exact.requires_grad_(True)
     wide = inputs.map(lambda t: t.detach().cpu().double() if t.is_floating_point() else t.cpu())
-    outcome = analysed(exact, wide, options)
-    small, problem = _tried(exact, outcome, wide)
+    with traced(exact, wide) as trace:
+        found = find_attentions(exact, wide, trace)
+        outcome = None if found.edits else analysed_trace(exact, trace, options)
+    common = operate(exact, found.edits.values()).requires_grad_(True)
+    if outcome is None:
+        outcome = analysed(common, wide, options)
+    small, problem = _tried(common, outcome, wide)
     if problem is not None:
-        options = replace(options, refused=_culprits(exact, outcome, wide, options))
-        outcome = analysed(exact, wide, options)
-        small, problem = _tried(exact, outcome, wide)
+        options = replace(options, refused=_culprits(common, outcome, wide, options))
+        outcome = analysed(common, wide, options)
+        small, problem = _tried(common, outcome, wide)
         if problem is not None:
             raise MinimizeError(f"sapwood.minimize: the rewrite must compute the same: {problem}")
+    edits = [*_needed(found, outcome.edits), *outcome.edits]
+    small = operate(exact, edits)
     plan = Plan(
         outcome.groups(),
-        outcome.edits,
-        outcome.refusals(),
+        edits,
+        [*outcome.refusals(), *_left_alone(found)],
         fingerprint(plain),
         dict(promises or {}),
     )
     return _Planned(plan, exact, small, wide)
+
+
+def _needed(found: Attentions, edits: list[Edit]) -> list[Edit]:
+    """The common forms that surgery cuts; other attention stays as it is written."""
+    cut = {edit["module"] for edit in edits if edit["op"] == "attention"}
+    return [
+        edit
+        for path, edit in found.edits.items()
+        if path in cut or f"{path}.attention".lstrip(".") in cut
+    ]
+
+
+def _left_alone(found: Attentions) -> list[Refusal]:
+    return [
+        Refusal(path, 0, f"no plain attention: {reason}") for path, reason in found.refused.items()
+    ]
 
 
 def _tried(exact: nn.Module, outcome: Outcome, inputs: Inputs) -> tuple[nn.Module, str | None]:
@@ -187,13 +214,15 @@ def minimize(
     Raises:
         MinimizeError: if the model cannot be traced, or the two networks differ by more than 1e-9
             of the output's scale; the model is then unchanged.
-        ValueError: if the model is in training mode, or an option is unknown.
+        ValueError: if the model is in training mode, an option is unknown, or ``keep`` names no
+            module.
         MaskMatchError: if a mask has no parameter.
 
     References:
         Our implementation of the contract of Squeeze-Release, arXiv:2606.14346; the rules are ours.
     """
     _check_options(rules, border, round_to)
+    _check_keep(model, keep)
     with _evaluating(model, force_eval):
         plain = materialised(model, masks)
     inputs = Inputs.of(example_inputs)
@@ -205,7 +234,7 @@ def minimize(
     new = dict(small.named_parameters())
     before, after = (cost(m, planned.inputs) for m in (planned.before, planned.after))
     sizes = [sum(t.numel() * t.element_size() for t in _stored(m)) for m in (plain, small)]
-    small.train(model.training)
+    _copy_modes(model, small)
     report = MinimizeReport(
         before.parameters,
         after.parameters,
@@ -223,6 +252,15 @@ def minimize(
         model.__dict__.update(small.__dict__)
         return model, report
     return small, report
+
+
+def _copy_modes(model: nn.Module, small: nn.Module) -> None:
+    """Training or evaluation, module by module; new modules are in the mode of their parent."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in small.named_modules():
+        if name not in modes:
+            modes[name] = modes[name.rpartition(".")[0]]
+        module.training = modes[name]
 
 
 def _stored(model: nn.Module) -> Iterator[Tensor]:
@@ -248,6 +286,13 @@ def _check_options(rules: str, border: str, round_to: int) -> None:
     _check.one_of("minimize", "border", border, ("table", "ones", "refuse"))
     if round_to < 1:
         _check.fail(ValueError, "minimize", "round_to", "be at least 1", round_to)
+
+
+def _check_keep(model: nn.Module, keep: Sequence[str]) -> None:
+    names = {name for name, _ in model.named_modules()}
+    for name in keep:
+        if name not in names:
+            _check.fail(ValueError, "minimize", "keep", "name modules of the model", repr(name))
 
 
 @contextmanager

@@ -26,14 +26,19 @@ _FORMAT = "sapwood.minimize.plan/1"
 
 @dataclass(frozen=True)
 class Refusal:
-    """A channel group, or a part of it, that stays because removing it would not be exact."""
+    """What stays because removing it would not be exact.
+
+    ``channels`` counts the channels of a group; 0 means a layer or attention that is left alone as
+    a whole.
+    """
 
     group: str
     channels: int
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.group}: {self.channels} channels stay: {self.reason}"
+        what = f"{self.channels} channels stay" if self.channels else "left alone"
+        return f"{self.group}: {what}: {self.reason}"
 
 
 @dataclass(frozen=True)

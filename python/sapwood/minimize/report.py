@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sapwood.minimize._trace import Inputs
@@ -114,8 +115,12 @@ def cost(model: nn.Module, inputs: Inputs) -> Cost:
         for buffer in module.buffers(recurse=False)
     ]
     stored = [*parameters, *model.buffers()]
-    # With gradients, since the fused inference paths of torch count no operations.
-    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+    # The fused paths of torch, taken without gradients or by attention, count no operations.
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         fresh = inputs.map(lambda t: t.clone())
         model(*fresh.args, **fresh.kwargs)
     return Cost(

@@ -206,11 +206,13 @@ class _Run:
         store = Store(settings.checkpoint, self._describe(trained), settings.resume)
         original = copy.deepcopy(model)
         subject = store.load(model, lambda: copy.deepcopy(original))
+        model.to(self.config.resolve_device())
         if subject is None:
             if not trained:
                 self._train(model, "dense", self.config.epochs)
             masks = MaskSet.dense(model, settings.include, settings.exclude)
-            subject = Subject.dense(model, self._metric(model), masks, self._example)
+            rules = settings.include is not None or settings.exclude is not None
+            subject = Subject.dense(model, self._metric(model), masks, self._example, rules=rules)
             store.save(subject, model, None)
         networks: list[nn.Module] = list(subject.networks)
         small = networks[-1] if networks else copy.deepcopy(subject.model)
@@ -232,7 +234,7 @@ class _Run:
         """Release and train (from the second cycle on), prune, fine-tune, minimize."""
         settings = self.settings
         prune_epochs, finetune_epochs, release_epochs = settings.phase_epochs
-        model = copy.deepcopy(model)
+        model = copy.deepcopy(model).to(self.config.resolve_device())
         rise, masks = None, None
         if number > 1:
             if settings.release:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sapwood import _check
 from sapwood._files import atomic_write_bytes
+from sapwood.minimize.adapters import AttentionCall
 from sapwood.minimize.modules import (
     AppendOnes,
     BorderBias2d,
@@ -26,7 +27,7 @@ from sapwood.minimize.modules import (
     RaggedAttention,
 )
 from sapwood.minimize.report import MinimizeReport
-from sapwood.minimize.surgery import refresh
+from sapwood.minimize.surgery import guard_fast_paths, refresh
 
 __all__ = ["load", "save"]
 
@@ -148,6 +149,7 @@ def load(path: str | os.PathLike[str], model_fn: Callable[[], nn.Module]) -> nn.
             f"sapwood.{where}: model_fn must build the network that was minimized, got a model "
             f"that {path} does not fit: {reason}"
         ) from error
+    guard_fast_paths(model)
     return model.eval()
 
 
@@ -165,6 +167,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[Mapping[str, str], dict[str, Te
 def _described(module: nn.Module) -> dict[str, Any] | None:
     if type(module) is nn.Sequential and len(module) and type(module[0]) in _WRAPPED:
         return {"type": "Sequential"}
+    if type(module) is AttentionCall:
+        names = ("sources", "causal", "outputs")
+        return {"type": "AttentionCall", **{name: getattr(module, name) for name in names}}
     if type(module) not in _ARGUMENTS:
         return None
     names = _ARGUMENTS[type(module)].split()
@@ -199,6 +204,9 @@ def _rebuild(model: nn.Module, path: str, described: dict[str, Any]) -> None:
         # Its members follow, under names that nn.Sequential does not have yet.
         model.set_submodule(path, nn.Sequential(nn.Identity(), nn.Identity()))
         return
+    if kind == "AttentionCall":
+        model.set_submodule(path, _empty_call(arguments))
+        return
     made = _BY_NAME[kind]
     if path == "":
         _resize(model, made, arguments)
@@ -214,6 +222,12 @@ def _rebuild(model: nn.Module, path: str, described: dict[str, Any]) -> None:
     else:
         new = made(**_tuples(arguments), device="meta")
     model.set_submodule(path, new.train(old.training))
+
+
+def _empty_call(arguments: dict[str, Any]) -> AttentionCall:
+    """The attention itself follows in the manifest."""
+    empty = RaggedAttention(1, 1, heads=1, qk_width=1, v_width=1, scale=1.0, device="meta")
+    return AttentionCall(empty, **_tuples(arguments))
 
 
 def _resize(model: nn.Module, kind: type[nn.Module], arguments: dict[str, Any]) -> None:

@@ -33,7 +33,10 @@ def difference(one: nn.Module, other: nn.Module, inputs: Inputs) -> float:
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
     # A model may change its inputs in place.
     fresh = inputs.map(lambda t: t.clone())
-    return [x for x in _pytree.tree_leaves(model(*fresh.args, **fresh.kwargs)) if x is not None]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # dropout that is left in training mode
+        output = model(*fresh.args, **fresh.kwargs)
+    return [x for x in _pytree.tree_leaves(output) if x is not None]
 
 
 def _distance(a: Any, b: Any) -> float:

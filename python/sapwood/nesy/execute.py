@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sapwood import _check
-from sapwood.nesy import kernels
+from sapwood.nesy import kernels, listed
 from sapwood.nesy.draws import Leaf, Listed
 from sapwood.nesy.expressions import Observed
 from sapwood.nesy.kernels import Reduce
@@ -101,7 +101,7 @@ class Execution:
         self._dtype = self.slots[0].dtype if self.slots else dtype or torch.get_default_dtype()
         if copies > 1:
             rows = batch or 1
-            self.slots = [s.expand(-1, rows, -1).repeat_interleave(copies, 1) for s in self.slots]
+            self.slots = [s.expand(rows, -1, -1).repeat_interleave(copies, 0) for s in self.slots]
         if prepare is not None:
             self.slots = [prepare(s) for s in self.slots]
 
@@ -112,7 +112,7 @@ class Execution:
         parts = []
         for path in self.plan.paths:
             if path.result is not None:
-                kept = self.slots[path.result.slot][path.result.position]
+                kept = self.slots[path.result.slot][:, path.result.position]
                 parts.append(self._spread(kept, path.graph.supports, path.graph.kept))
         if not parts:
             size = 1 if self.plan.support is None else len(self.plan.support)
@@ -137,32 +137,33 @@ class Execution:
         return empty.index_copy(-1, places, kept)
 
     def _group(self, group: Group) -> Tensor:
-        operands = [self._operand(access) for access in group.access]
-        if group.kernel is None:
-            vector, matrices = operands
-            return kernels.scan(vector, matrices, self._reduce, fast=self._fast)
+        if group.kernel is None or (self._fast and group.kernel.kind != "gather"):
+            operands = [self._operand(access) for access in group.access]
+            if group.kernel is None:
+                rows = max(map(len, operands))
+                vector, matrices = (x.expand(rows, -1, -1) for x in operands)
+                return kernels.scan(vector, matrices, self._reduce, fast=self._fast)
+            return kernels.run(group.kernel, operands)
         evidence = self._evidence(group) if group.columns else None
-        if not operands:
-            operands = [torch.zeros(1, 1, 1, dtype=self._dtype, device=self._device)]
-        lead = [x.shape[:-1] for x in operands]
-        if evidence is not None:
-            lead.append(evidence.shape)
-        if any(shape != lead[0] for shape in lead[1:]):
-            rows = (max(shape[0] for shape in lead), max(shape[1] for shape in lead))
-            operands = [x.expand(*rows, -1) for x in operands]
-        return kernels.run(group.kernel, operands, evidence, self._reduce, fast=self._fast)
+        assert group.lists is not None
+        slots = [self.slots[s] for s in group.reads]
+        if not slots:
+            slots = [torch.zeros(1, 1, 1, dtype=self._dtype, device=self._device)]
+        if self._fast:
+            return listed.log_sum(group.lists, evidence, slots)
+        return self._reduce(listed.terms(group.lists, evidence, slots))
 
     def _operand(self, access: Access) -> Tensor:
-        """(G, B or 1, size): the instances of an operand, without a copy where they lie evenly."""
+        """(B or 1, G, size): the instances of an operand, without a copy where they lie evenly."""
         if access.slot is not None:
             whole = self.slots[access.slot]
-            return whole if access.places is None else whole[access.places]
-        parts = [self.slots[r.slot][r.position] for r in access.references]
+            return whole if access.places is None else whole[:, access.places]
+        parts = [self.slots[r.slot][:, r.position] for r in access.references]
         rows = max(p.shape[0] for p in parts)
-        return torch.stack([p.expand(rows, -1) for p in parts])
+        return torch.stack([p.expand(rows, -1) for p in parts], 1)
 
     def _evidence(self, group: Group) -> Tensor:
-        """(G, B): the row of the step's tables for every instance and row."""
+        """(G, B): the row of the step's tables for every instance and row of the batch."""
         assert group.kernel is not None
         total: Tensor | None = None
         for instances, support, size in zip(
@@ -179,7 +180,7 @@ class Execution:
 def _leaf_slots(
     plan: Plan, leaves: Sequence[Leaf], batch: int | None, dtype: torch.dtype | None
 ) -> list[Tensor]:
-    """(leaves, B or 1, entries) per slot; one call per source."""
+    """(B or 1, leaves, entries) per slot; one call per source."""
     found: dict[int, Tensor] = {}
     listed = [isinstance(leaves[numbers[0]].source, Listed) for numbers in plan.slots]
     for slot in sorted(range(len(listed)), key=listed.__getitem__):  # networks decide the type
@@ -195,11 +196,14 @@ def _leaf_slots(
         depth = 1 + (source.parent_support is not None)
         if weights.dim() == depth:
             weights = weights.unsqueeze(0)
-        flat = weights.reshape(len(numbers), -1, math.prod(weights.shape[1:]))
+        if inputs:
+            flat = weights.reshape(len(numbers), -1, math.prod(weights.shape[1:]))
+        else:  # the same weights for all
+            flat = weights.reshape(1, 1, -1).expand(len(numbers), 1, -1)
         if batch is not None and flat.shape[1] not in (1, batch):
             _check.fail(
                 ValueError, f"nesy.{source.name}", "net's output", f"have {batch} rows per input",
                 flat.shape[1],
             )  # fmt: skip
-        found[slot] = flat
+        found[slot] = flat.transpose(0, 1)
     return [found[s] for s in range(len(plan.slots))]

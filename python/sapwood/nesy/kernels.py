@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sapwood.nesy import listed
 from sapwood.nesy.supports import Indices
 from sapwood.ops.logsemiring import SegmentPlan, log_conv, log_einsum, log_scan, segment_logsumexp
 
@@ -72,8 +71,8 @@ class Shape:
 class Kernel:
     """A step made ready to run.
 
-    ``table`` (E, operands * kept_size * width) holds, per row of evidence, the places of all terms
-    in the operands laid end to end, followed by one entry of -inf for the empty places of a list.
+    ``table`` (E, operands, kept_size * width) holds, per row of evidence, the place of each term in
+    each operand; -1 in the empty places of a list.
     """
 
     shape: Shape
@@ -81,7 +80,7 @@ class Kernel:
     evidence: tuple[int, ...]  # per column the number of values, and one more for unknown ones
     kept_size: int
     width: int  # padded length of the lists
-    table: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    table: Indices = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     segments: SegmentPlan | None = None
     places: list[Tensor] = field(default_factory=list)  # per operand (entries,), for segments
     equation: str = ""
@@ -132,15 +131,12 @@ def _list(kernel: Kernel, group: Indices, places: Sequence[Indices]) -> None:
     order = np.argsort(group, kind="stable")
     starts = np.cumsum(lengths) - lengths
     within = np.arange(len(group)) - starts[group[order]]
-    total = sum(operand.size for operand in kernel.shape.operands)
-    table = np.full((groups, len(places), kernel.width), total, dtype=np.int64)
-    first = 0
-    for number, (operand, place) in enumerate(zip(kernel.shape.operands, places, strict=True)):
-        table[group[order], number, within] = first + place[order]
-        first += operand.size
+    table = np.full((groups, len(places), kernel.width), -1, dtype=np.int64)
+    for number, place in enumerate(places):
+        table[group[order], number, within] = place[order]
     by_evidence = table.reshape(math.prod(kernel.evidence), kernel.kept_size, len(places), -1)
-    flat = by_evidence.transpose(0, 2, 1, 3).reshape(len(by_evidence), -1)
-    kernel.table = torch.from_numpy(np.ascontiguousarray(flat))
+    flat = by_evidence.transpose(0, 2, 1, 3).reshape(len(by_evidence), len(places), -1)
+    kernel.table = np.ascontiguousarray(flat)
 
 
 def _choose(kernel: Kernel, group: Indices, places: Sequence[Indices]) -> None:
@@ -179,34 +175,16 @@ def _is_convolution(kernel: Kernel, group: Indices, places: Sequence[Indices]) -
     return len(group) == first.size * second.size and bool((group == places[0] + places[1]).all())
 
 
-def run(
-    kernel: Kernel,
-    operands: Sequence[Tensor],
-    evidence: Tensor | None,
-    reduce: Reduce,
-    *,
-    fast: bool,
-) -> Tensor:
-    """Carries out a step.
+def run(kernel: Kernel, operands: Sequence[Tensor]) -> Tensor:
+    """Carries out a step of another kind than "gather".
 
     Args:
         kernel: the step.
-        operands: each (G, B, size), flat over its variables.
-        evidence: (G, B) int64, the row of the tables, if the step has columns.
-        reduce: sums over the last dimension.
-        fast: whether ``reduce`` is the log-sum-exp, so that a faster op may do the same.
+        operands: each (B, G, size), flat over its variables.
 
     Returns:
-        (G, B, kept_size).
+        (B, G, kept_size).
     """
-    if not fast:
-        return reduce(listed.terms(kernel, evidence, operands))
-    if kernel.kind == "gather":
-        return listed.log_sum(kernel, evidence, operands)
-    return _run_fast(kernel, operands)
-
-
-def _run_fast(kernel: Kernel, operands: Sequence[Tensor]) -> Tensor:
     shape = kernel.shape
     if kernel.kind == "segments":
         picked = [x.index_select(-1, p) for x, p in zip(operands, kernel.places, strict=True)]
@@ -225,14 +203,12 @@ def _run_fast(kernel: Kernel, operands: Sequence[Tensor]) -> Tensor:
 
 
 def scan(vector: Tensor, matrices: Tensor, reduce: Reduce, *, fast: bool) -> Tensor:
-    """A chain: vector (1, B, k) times matrices (n, B, k * k), which gives (1, B, k)."""
+    """A chain: vector (B, 1, k) times matrices (B, n, k * k), which gives (B, 1, k)."""
     k = vector.shape[-1]
-    steps = matrices.unflatten(-1, (k, k))  # (n, B, k, k)
-    state = vector[0]
+    steps = matrices.unflatten(-1, (k, k))  # (B, n, k, k)
+    state = vector[:, 0]
     if fast:
-        batch = max(state.shape[0], steps.shape[1])
-        chain = steps.expand(-1, batch, -1, -1).transpose(0, 1)
-        return log_scan(chain, state.expand(batch, -1)).unsqueeze(0)
-    for step in steps:  # (B, k, k)
+        return log_scan(steps, state).unsqueeze(1)
+    for step in steps.unbind(1):
         state = reduce((state[..., None] + step).transpose(-1, -2))
-    return state.unsqueeze(0)
+    return state.unsqueeze(1)

@@ -197,10 +197,19 @@ def _replay(program: Program, reading: _Row, chosen: Sequence[Any]) -> Any:
 
 
 def batched(
-    program: Program, monad: Monad, dtype: torch.dtype | None = None, *, nodes: int = 64
+    program: Program,
+    monad: Monad,
+    dtype: torch.dtype | None = None,
+    *,
+    batch: int | None = None,
+    nodes: int = 64,
 ) -> tuple[list[Any], bool]:
-    """The values of all rows, and whether the program has rows at all."""
+    """The values of all rows, and whether the program has rows at all.
+
+    Without ``batch`` the number of rows is that of the data which the first row reads.
+    """
     rows = Rows(dtype)
+    rows.batch = batch
     first = value(program, monad, rows, 0, nodes=nodes)
     count = rows.batch
     others = range(1, count or 1)

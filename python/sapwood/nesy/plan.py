@@ -14,6 +14,7 @@ from enum import Enum
 from sapwood.nesy.elimination import Eliminator, Input, Step, TableCache
 from sapwood.nesy.factors import Graph, GraphBuilder
 from sapwood.nesy.kernels import Kernel
+from sapwood.nesy.listed import Lists
 from sapwood.nesy.supports import Support
 from sapwood.nesy.trace import Keys, Path, Trace
 
@@ -70,6 +71,8 @@ class Group:
     slot: int
     instances: int = 0
     access: list[Access] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)  # slots, in the order of the lists
+    lists: Lists | None = None
 
 
 @dataclass
@@ -240,9 +243,34 @@ def _place_steps(plan: Plan) -> None:
         if group.kernel is None:  # the vector of a chain, then all of its matrices
             operands = [group.inputs[0], [refs[0] for refs in group.inputs[1:]]]
         group.access = [_access(references, counts) for references in operands]
+    _make_lists(plan, counts)
     for path, own in enumerate(nodes):
         if own:
             plan.paths[path].result = results[path][own[-1][0]]
+
+
+def _make_lists(plan: Plan, counts: list[int]) -> None:
+    """The entries of every group as places in the slots that it reads, laid end to end."""
+    sizes = [0] * len(counts)
+    for group in plan.groups:
+        if group.kernel is None:
+            sizes[group.slot] = sizes[group.inputs[0][0].slot]
+            continue
+        sizes[group.slot] = group.kernel.kept_size
+        for operand, references in zip(group.kernel.shape.operands, group.inputs, strict=False):
+            for reference in references:
+                sizes[reference.slot] = operand.size
+        group.reads = sorted({r.slot for references in group.inputs for r in references})
+        begins, total = dict[int, int](), 0
+        for slot in group.reads:
+            begins[slot] = total
+            total += counts[slot] * sizes[slot]
+        offsets = [
+            [begins[r.slot] + r.position * sizes[r.slot] for r in instance]
+            for instance in zip(*group.inputs, strict=True)
+        ] or [[0]] * group.instances  # without weights: a single 1
+        total = total or 1
+        group.lists = Lists(group.kernel.table, offsets, total, group.kernel.kept_size)
 
 
 def _reference(plan: Plan, done: dict[int, Reference], source: Input) -> Reference:

@@ -152,7 +152,7 @@ def _attribute(
     rows = (traced.batch or 1) * copies
 
     def separate(weights: Tensor) -> Tensor:
-        return weights.detach().expand(-1, rows, -1).clone().requires_grad_()
+        return weights.detach().expand(rows, -1, -1).clone().requires_grad_()
 
     with torch.enable_grad():
         execution = Execution(
@@ -179,7 +179,7 @@ def _read(
             where = None if leaf is None else plan.where.get(leaf)
             grad = None if where is None else grads[where.slot]
             if grad is not None and where is not None:
-                hit = grad[where.position].cpu()
+                hit = grad[:, where.position].cpu()
                 chosen = hit.argmax(-1).remainder(len(variable.support))
                 own = torch.where((hit.amax(-1) > 0.5) & possible, chosen, -1)
             places[name] = (variable.support, own)

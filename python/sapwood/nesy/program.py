@@ -18,7 +18,7 @@ from torch import Tensor
 from sapwood import _check
 from sapwood.nesy import explain, giry, joint, oracle, posterior, static
 from sapwood.nesy.draws import ChoiceLeaf, ContinuousLeaf, Leaf, NondetLeaf
-from sapwood.nesy.errors import UnsupportedMonadError
+from sapwood.nesy.errors import TiltError, TraceError, UnsupportedMonadError
 from sapwood.nesy.execute import Execution
 from sapwood.nesy.expressions import Constant, is_boolean
 from sapwood.nesy.monads import (
@@ -132,7 +132,7 @@ class Program:
             return giry.estimate(self, **options)
         row_monad = monad.monad if isinstance(monad, Batch) else monad
         if not isinstance(row_monad, FiniteMonad):
-            values, has_rows = oracle.batched(self, row_monad, self.dtype)
+            values, has_rows = oracle.batched(self, row_monad, self.dtype, batch=self._batch())
             return values if has_rows else values[0]
         return self._enumerated(row_monad, options)
 
@@ -141,7 +141,8 @@ class Program:
         inner = monad
         if not monad.guards:
             inner = FiniteMonad("Tens", monad.semiring, monad.number)
-        values, has_rows = oracle.batched(self, inner, self.dtype, **options)
+        batch = self._batch()
+        values, has_rows = oracle.batched(self, inner, self.dtype, batch=batch, **options)
         if monad is Powerset:
             sets = [set(v) for v in values]
             return sets if has_rows else sets[0]
@@ -211,6 +212,13 @@ class Program:
         keys = Keys()
         query = Query.TRUTH if self._is_sentence(traced) else Query.VALUES
         return explain.text(PLANS.get(traced, keys, query), keys)
+
+    def _batch(self) -> int | None:
+        """The rows of all data, also of what single rows do not reach; None where it cannot be."""
+        try:
+            return self._traced().batch
+        except (TraceError, TiltError, UnsupportedMonadError):
+            return None
 
     def _traced(self) -> Trace:
         return trace(self, self.max_paths)

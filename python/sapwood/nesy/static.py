@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from sapwood.nesy.draws import Leaf, Source
@@ -120,7 +121,24 @@ def _tensors(program: Program) -> list[Tensor]:
     ]
 
 
+def _alone(value: Any) -> Any:
+    """An argument of the same shape and strides in memory of its own, so that slices show whose."""
+    if isinstance(value, Observed):
+        return Observed(_alone(value.values), value.given)
+    if not isinstance(value, Tensor):
+        return value
+    steps = zip(value.shape, value.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps) if value.numel() else 0
+    memory = torch.zeros(last + 1, dtype=value.dtype, device=value.device)
+    return memory.as_strided(value.shape, value.stride())
+
+
 def _learn(program: Program) -> _Static | None:
+    program = replace(
+        program,
+        arguments=tuple(map(_alone, program.arguments)),
+        options={name: _alone(v) for name, v in program.options.items()},
+    )
     traced = trace(program, program.max_paths)
     program._check_sentence(traced)
     if traced.weighted:

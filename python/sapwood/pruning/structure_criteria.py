@@ -105,7 +105,8 @@ class GroupScore(ActivationMagnitude):
     """The contribution of a weight, weighed by the strength of the two units that it connects.
 
     With a_ij = |w_ij| rms(x_j), R_i and C_j the norms of its rows and columns, a unit is as strong
-    as it is written and read: u = R C, relative to the strongest of its layer. The score is
+    as it is written and read: u = R C, relative to the strongest of its kind in a layer, those
+    that the same layers write and read. The score is
     ``a_ij / rms(a) * sqrt(u_i u_j)``; one threshold holds for the whole network. Weights of weak
     units go first, which makes them weaker: units empty, and ``sapwood.minimize`` removes them.
 
@@ -135,11 +136,11 @@ class GroupScore(ActivationMagnitude):
     """
 
     def _score(self, found: Observation, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        strength = unit_strengths(found, weights)
+        strength, kinds = unit_strengths(found, weights), _kinds(found)
 
         def score(layer: Layer, weight: Tensor) -> Tensor:
             a = contributions(layer, weight)
-            out, inputs = _relative(strength, layer.writes), _relative(strength, layer.reads)
+            out, inputs = (_relative(strength, kinds, ids) for ids in (layer.writes, layer.reads))
             connected = (out * inputs if layer.diagonal else _grouped(out, inputs, layer)).sqrt()
             shape = connected.shape + (1,) * (a.dim() - connected.dim())
             scale = a.square().mean().sqrt().clamp_min(torch.finfo(a.dtype).tiny)
@@ -200,12 +201,32 @@ class _Means:
         return (self._logs / self._counts.clamp_min(1)).exp()
 
 
-def _relative(strength: Tensor, ids: Tensor) -> Tensor:
-    """Strengths of the units of one layer, by the largest; 1 where nothing is known."""
+def _kinds(found: Observation) -> Tensor:
+    """(units,) equal numbers for units that the same layers write and read.
+
+    Only these are compared: the values of an attention layer have readers, its queries and keys
+    meet each other, and their strengths have nothing to do with each other.
+    """
+    kinds = torch.zeros(found.units, dtype=torch.int64)
+    for number, layer in enumerate(found.layers):
+        for side, ids in enumerate((layer.writes, layer.reads)):
+            here = torch.zeros(found.units, dtype=torch.bool)
+            here[ids[ids >= 0]] = True
+            _, kinds = torch.stack((kinds, here.long() * (2 * number + side + 1))).unique(
+                dim=1, return_inverse=True
+            )
+    return kinds
+
+
+def _relative(strength: Tensor, kinds: Tensor, ids: Tensor) -> Tensor:
+    """Strengths of the units of one layer, by the largest of their kind; 1 where unknown."""
     values = torch.where(ids >= 0, strength[ids.clamp_min(0)], torch.inf)
-    finite = values[values.isfinite()]
-    largest = finite.max() if len(finite) and finite.max() > 0 else torch.tensor(1.0)
-    return torch.where(values.isfinite(), values / largest, 1.0)
+    finite = values.isfinite()
+    kind = kinds[ids.clamp_min(0)]
+    largest = torch.zeros(len(kinds), dtype=values.dtype)
+    largest = largest.scatter_reduce(0, kind[finite], values[finite], "amax")[kind]
+    largest = torch.where(largest > 0, largest, 1.0)
+    return torch.where(finite, values / largest, 1.0)
 
 
 def _columns(per_input: Tensor, layer: Layer, rows: int) -> Tensor:

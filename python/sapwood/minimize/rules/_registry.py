@@ -110,6 +110,8 @@ def opaque(step: Step, reason: str | None = None) -> Any:
     kind = max((int(facts.kind.max()) for facts in step.facts()), default=BY_SIZE)
     for facts in step.facts():
         step.pin(facts, reason or f"no rule for {step.place}")
+    if reason is not None:
+        step.analysis.notes.setdefault(step.path or step.name, reason)
     kind = LIVE if kind == LIVE else BY_SIZE
     return _pytree.tree_map(lambda v: no_facts(v, kind) if isinstance(v, Tensor) else v, step.value)
 

@@ -28,8 +28,8 @@ def leaf(step: Step) -> Any:
     """Dispatches on the type of the module."""
     tensors, number, call = step.args
     site = site_of(number)
-    if len(site.calls) > 1:
-        return opaque(step, f"{site.path} is called {len(site.calls)} times")
+    if site.uses > 1:
+        return opaque(step, f"{site.path} is called {site.uses} times")
     module = site.module
     tensors = [step.analysis.labelled(facts) for facts in tensors]
     if isinstance(module, BorderBias2d):

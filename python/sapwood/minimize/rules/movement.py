@@ -193,20 +193,17 @@ def _across(step: Step, parts: list[Facts], axis: int) -> list[Tensor]:
 def _along(step: Step, parts: list[Facts], axis: int) -> list[Tensor]:
     """Fields along the axis, one after the other."""
     atoms = step.analysis.atoms
+    views = [part.on_axis(axis) for part in parts]
+    for field in (field for _, mixed, _ in views for field in mixed):
+        atoms.pin(field, f"{step.place} joins channels that are spread over several axes")
+    if all(vector is None for vector, _, _ in views):
+        return []
     pieces: list[Tensor] = []
-    carried = False
-    for part in parts:
-        vector, mixed, _ = part.on_axis(axis)
-        for field in mixed:
-            atoms.pin(field, f"{step.place} joins channels that are spread over several axes")
+    for part, (vector, _, _) in zip(parts, views, strict=True):
         if vector is None:
             vector = atoms.new(part.shape[axis], step.node.name)
             atoms.pin(vector, f"{step.place} joins channels with an axis that has none")
-        else:
-            carried = True
         pieces.append(vector)
-    if not carried:
-        return []
     shape = [1] * step.value.dim()
     shape[axis] = -1
     return [torch.cat(pieces).reshape(shape)]
@@ -224,7 +221,7 @@ def pad(step: Step) -> Any:
     """Padding along positions; constants stay uniform unless the padding holds another number."""
     source = step.analysis.labelled(step.facts()[0])
     amounts = step.bound()["pad" if step.name in ("pad", "constant_pad_nd") else "padding"]
-    axes = [source.ndim - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
+    axes = sorted({source.ndim - 1 - i // 2 for i, amount in enumerate(amounts) if amount})
     if any(axis in varying(field) for field in source.fields for axis in axes):
         return opaque(step, f"{step.place} pads an axis of channels")
     kind = source.kind.amax(axes, keepdim=True) if axes else source.kind

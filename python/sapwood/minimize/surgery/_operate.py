@@ -18,6 +18,11 @@ from sapwood.minimize.modules import (
     CompensatedRMSNorm,
     InputSelect,
 )
+from sapwood.minimize.surgery._attention import (
+    canonical,
+    guard_fast_paths,
+    narrow_attention,
+)
 from sapwood.minimize.surgery._tensors import assign, fetch, refresh, replace_module
 
 __all__ = ["operate"]
@@ -30,9 +35,17 @@ _ORDER = ("fold", "slice", "groups", "reindex", "norm", "attention", "table", "o
 
 def operate(source: nn.Module, edits: Iterable[Edit]) -> nn.Module:
     """A copy of a plain model with all edits made; sums run in float64 and are rounded once."""
+    edits = list(edits)
+    common = [edit for edit in edits if edit["op"] == "canonical"]
+    if common:
+        source = duplicate(source)
+        for edit in common:
+            canonical(source, edit)
     target = duplicate(source)
-    for edit in sorted(edits, key=lambda edit: _ORDER.index(edit["op"])):
+    others = [edit for edit in edits if edit["op"] != "canonical"]
+    for edit in sorted(others, key=lambda edit: _ORDER.index(edit["op"])):
         _OPERATIONS[edit["op"]](source, target, edit)
+    guard_fast_paths(target)
     return target
 
 
@@ -138,6 +151,7 @@ _OPERATIONS: dict[str, _Operation] = {
     "groups": _groups,
     "reindex": _reindex,
     "norm": _norm,
+    "attention": narrow_attention,
     "table": _table,
     "ones": _ones,
     "select": _select,
