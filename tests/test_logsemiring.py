@@ -213,6 +213,13 @@ class TestSegmentSoftmax(DifferentiableBattery):
         return outputs(self.reference(*args))
 
 
+class TestSegmentMax(DifferentiableBattery):
+    name = "segment_max"
+    exact = True
+    vmappable = (0,)
+    samples = SEGMENTS
+
+
 # B, L, k, R: chains alone, some and more than one kernel takes side by side, and a large matrix
 CHAINS = [(2, 3, 2, 2), (1, 0, 3, 1), (0, 2, 2, 2), (2, 40, 5, 1), (9, 20, 3, 2), (2, 2, 33, 1)]
 
@@ -237,7 +244,13 @@ class TestLogScan(WideBattery, DifferentiableBattery):
     name = "log_scan"
     vmappable = (0, 1)
     samples = tuple(
-        Sample(named(s), chain(s), (0, 1), MAIN if i == 0 else frozenset())
+        Sample(
+            f"{named(s)}{' max' if maximum else ''}",
+            (*chain(s), maximum),
+            (0, 1),
+            MAIN if i == 0 else frozenset(),
+        )
+        for maximum in (False, True)
         for i, s in enumerate(CHAINS)
     )
 
@@ -252,7 +265,13 @@ class TestLogScanBackward(DifferentiableBattery):
     name = "log_scan_backward"
     vmappable = (0, 1, 2)
     samples = tuple(
-        Sample(named(s), scan_backward(s), (0, 1, 2), MAIN if i == 0 else frozenset())
+        Sample(
+            f"{named(s)}{' max' if maximum else ''}",
+            (*scan_backward(s), maximum),
+            (0,) if maximum else (0, 1, 2),
+            MAIN if i == 0 and not maximum else frozenset(),
+        )
+        for maximum in (False, True)
         for i, s in enumerate([(1, 2, 2, 1), *CHAINS[1:]])
     )
 
@@ -261,3 +280,24 @@ class TestLogScanBackward(DifferentiableBattery):
 
     def magnitude(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         return outputs(self.reference(args[0].abs(), *args[1:]))
+
+
+def path_args(size: tuple[int, ...], maximum: bool) -> tuple[Any, ...]:
+    batch, length, k = size
+    states = normal(batch, length + 1, k)
+    return (normal(batch, length, k, k), states, normal(batch, k), 3, 1234567890123, maximum)
+
+
+class TestLogScanPath(TraceableBattery):
+    name = "log_scan_path"
+    exact = True
+    samples = tuple(
+        Sample(
+            f"{named(s)}{' max' if maximum else ''}",
+            path_args(s, maximum),
+            (),
+            MAIN if i == 0 else frozenset(),
+        )
+        for maximum in (False, True)
+        for i, s in enumerate([(2, 3, 4), (1, 0, 3), (0, 2, 2), (9, 20, 1), (2, 2, 33)])
+    )

@@ -189,14 +189,14 @@ def test_chains_side_by_side_are_those_alone(k: int) -> None:
     t[0, 1], t[10, 2, 0], t[1, 3, :, 0] = -INF, -INF, INF
     t[2, 4, 0, 1], t[3, 1, 0, 0], init[4, 1] = math.nan, INF, -INF
     t[5] *= 1e4
-    states = torch.ops.sapwood.log_scan(t, init)
+    states = torch.ops.sapwood.log_scan(t, init, False)
     grad = torch.randn_like(states)
     grad[..., 0] = 0
-    got = (states, *torch.ops.sapwood.log_scan_backward(grad, t, states))
+    got = (states, *torch.ops.sapwood.log_scan_backward(grad, t, states, False))
     alone = []
     for one, start, g in zip(t.split(1), init.split(1), grad.split(1), strict=True):
-        s = torch.ops.sapwood.log_scan(one, start)
-        alone.append((s, *torch.ops.sapwood.log_scan_backward(g, one, s)))
+        s = torch.ops.sapwood.log_scan(one, start, False)
+        alone.append((s, *torch.ops.sapwood.log_scan_backward(g, one, s, False)))
     for actual, parts in zip(got, zip(*alone, strict=True), strict=True):
         want = torch.cat(parts)
         torch.testing.assert_close(actual, want, equal_nan=True, rtol=1e-6, atol=1e-7)

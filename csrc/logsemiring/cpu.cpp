@@ -2,7 +2,7 @@
 #include "common/registry.h"
 #include "logsemiring/cpu_matmul.h"
 #include "logsemiring/cpu_matmul_backward.h"
-#include "logsemiring/cpu_scan.h"
+#include "logsemiring/cpu_path.h"
 #include "logsemiring/cpu_segment.h"
 #include "logsemiring/cpu_tropical.h"
 
@@ -16,6 +16,8 @@ SAPWOOD_CPU_IMPL(m) {
   m.impl("segment_logsumexp", TORCH_BOX(&ops::segment_logsumexp));
   m.impl("segment_logsumexp_backward", TORCH_BOX(&ops::segment_logsumexp_backward));
   m.impl("segment_softmax", TORCH_BOX(&ops::segment_softmax));
+  m.impl("segment_max", TORCH_BOX(&ops::segment_max));
   m.impl("log_scan", TORCH_BOX(&ops::log_scan));
   m.impl("log_scan_backward", TORCH_BOX(&ops::log_scan_backward));
+  m.impl("log_scan_path", TORCH_BOX(&ops::log_scan_path));
 }

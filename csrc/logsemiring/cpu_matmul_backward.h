@@ -253,6 +253,23 @@ void certified_backward(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>&
   ExactGradients<false, T>(a, b, grad, m, n, k, tiles, nullptr).add(out);
 }
 
+inline constexpr int64_t kShallow = 64;  // terms of an output whose exponentials are kept
+
+template <class T>
+void shallow_backward(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& grad, const Sizes& s,
+                      const Gradients<T>& out) {
+  ExactScratch<T> scratch(s.k);
+  Scratch<T> exponentials(s.k * kGroup * kStrip<T>);
+  const Packed<T> room{scratch.a(), scratch.b(), nullptr, nullptr};
+  for (int64_t i = 0; i < s.m; i += kGroup) {
+    for (int64_t j = 0; j < s.n; j += kStrip<T>) {
+      SAPWOOD_ISA_CALL(shallow_gradients(a, b, grad, s.k, s.n, i, std::min(kGroup, s.m - i), j,
+                                         std::min(kStrip<T>, s.n - j), room, exponentials.get(),
+                                         out.a, out.b));
+    }
+  }
+}
+
 template <class T>
 void log_matmul_backward_element(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& grad,
                                  const Sizes& s, bool exact, const Gradients<T>& out) {
@@ -261,6 +278,7 @@ void log_matmul_backward_element(const Matrix<T>& a, const Matrix<T>& b, const M
   }
   if (out.a != nullptr) std::fill_n(out.a, s.m * s.k, T(0));
   if (out.b != nullptr) std::fill_n(out.b, s.k * s.n, T(0));
+  if (s.terms() <= kSmall && s.k <= kShallow) return shallow_backward(a, b, grad, s, out);
   const OpenTiles<T> tiles(s.m, s.n, nullptr);
   ExactGradients<false, T>(a, b, grad, s.m, s.n, s.k, tiles, nullptr).add(out);
 }

@@ -1,4 +1,5 @@
-// log_scan: states u (B, L + 1, R, k) in double with u_0 = init and u_{t+1} = u_t (x) T_t.
+// log_scan: states u (B, L + 1, R, k) in double with u_0 = init and u_{t+1} = u_t (x) T_t. With
+// `maximum` the sum of the semiring is the maximum.
 #pragma once
 
 #include <tuple>
@@ -33,8 +34,26 @@ void widen_step(const Chains<T>& t, int64_t batch, int64_t step, int64_t k, int6
   }
 }
 
+// The first i of largest x[i] + y[i]; a NaN is larger than all. -1 where all are -inf.
+inline int64_t largest_term(const double* x, const double* y, int64_t k) {
+  double top = -kInf<double>;
+  int64_t at = -1;
+  for (int64_t i = 0; i < k; ++i) {
+    const double term = x[i] + y[i];
+    if (!(term > top || term != term)) continue;
+    top = term;
+    at = i;
+    if (term != term) break;
+  }
+  return at;
+}
+
 // next[j] = log sum_i exp(state[i] + step[j, i]).
-inline double scan_output(const double* state, const double* step, int64_t k) {
+inline double scan_output(const double* state, const double* step, int64_t k, bool maximum) {
+  if (maximum) {
+    const int64_t at = largest_term(state, step, k);
+    return at < 0 ? -kInf<double> : state[at] + step[at];
+  }
   double top = -kInf<double>, sum = 0;
   bool nan = false;
   for (int64_t i = 0; i < k; ++i) {
@@ -51,8 +70,15 @@ inline double scan_output(const double* state, const double* step, int64_t k) {
   return top + std::log(sum);
 }
 
-// The weights p[i] = exp(state[i] + step[i]) / sum, by the policy for infinities.
-inline void scan_weights(const double* state, const double* step, int64_t k, double* p) {
+// The weights p[i] = exp(state[i] + step[i]) / sum, by the policy for infinities; or 1 at the maximum.
+inline void scan_weights(const double* state, const double* step, int64_t k, bool maximum,
+                         double* p) {
+  if (maximum) {
+    const int64_t at = largest_term(state, step, k);
+    std::fill_n(p, k, 0.0);
+    if (at >= 0) p[at] = 1;
+    return;
+  }
   double top = -kInf<double>, sum = 0;
   bool nan = false;
   for (int64_t i = 0; i < k; ++i) {
@@ -79,6 +105,7 @@ inline void check_scan(const char* op, const Tensor& t, const Tensor& init) {
 
 struct ChainSizes {
   int64_t batch, steps, rows, k;
+  bool maximum;
 
   int64_t width() const { return rows * k; }
   int64_t chunks() const { return round_up(batch, kChains) / kChains; }
@@ -86,7 +113,7 @@ struct ChainSizes {
     return std::max<int64_t>(1, 1024 / std::max<int64_t>(1, steps * width() * k));
   }
   // Chains worth walking side by side: alone, or with matrices beyond the cache, they are not.
-  bool side_by_side(int64_t count) const { return count > 1 && k <= 32; }
+  bool side_by_side(int64_t count) const { return count > 1 && k <= 32 && !maximum; }
 };
 
 template <class T>
@@ -95,30 +122,57 @@ void scan_alone(const Chains<T>& t, int64_t e, const ChainSizes& s, double* u) {
   for (int64_t l = 0; l < s.steps; ++l, u += s.width()) {
     widen_step<T>(t, e, l, s.k, 1, step.data());
     for (int64_t i = 0; i < s.width(); ++i) {
-      u[s.width() + i] = scan_output(u + i / s.k * s.k, step.data() + i % s.k * s.k, s.k);
+      u[s.width() + i] =
+          scan_output(u + i / s.k * s.k, step.data() + i % s.k * s.k, s.k, s.maximum);
     }
   }
 }
 
-// to[i * kChains + lane] = from[lane * pitch + i]; lanes beyond `count` repeat the last chain.
-inline void interleave(const double* from, int64_t pitch, int64_t size, int64_t count, double* to) {
-  for (int64_t lane = 0; lane < kChains; ++lane) {
-    const double* source = from + std::min(lane, count - 1) * pitch;
-    for (int64_t i = 0; i < size; ++i) to[i * kChains + lane] = source[i];
+// Where each lane's chain lies, `pitch` apart; lanes beyond `count` repeat the last chain.
+struct LaneOffsets {
+  int64_t at[kChains];
+
+  LaneOffsets(int64_t pitch, int64_t count) {
+    for (int64_t lane = 0; lane < kChains; ++lane) at[lane] = std::min(lane, count - 1) * pitch;
+  }
+};
+
+// to[i * kChains + lane] = from[lane * pitch + i].
+inline void interleave(const double* from, const LaneOffsets& lanes, int64_t size, double* to) {
+  for (int64_t i = 0; i < size; ++i) {
+    for (int64_t lane = 0; lane < kChains; ++lane) {
+      to[i * kChains + lane] = from[lanes.at[lane] + i];
+    }
   }
 }
 
+// The k x k matrices of one step in double, transposed as for scan_output.
 template <class T>
-void interleave_step(const Chains<T>& t, int64_t first, int64_t count, int64_t l, int64_t k,
-                     double* to) {
-  for (int64_t lane = 0; lane < kChains; ++lane) {
-    widen_step<T>(t, first + std::min(lane, count - 1), l, k, kChains, to + lane);
+void interleave_step(const Chains<T>& t, int64_t first, const LaneOffsets& lanes, int64_t l,
+                     int64_t k, double* to) {
+  const T* from = t.data + first * t.batch + l * t.step;
+  for (int64_t i = 0; i < k; ++i) {
+    for (int64_t j = 0; j < k; ++j) {
+      const T* entry = from + i * t.row + j * t.col;
+      double* place = to + (j * k + i) * kChains;
+      for (int64_t lane = 0; lane < kChains; ++lane) {
+        place[lane] = static_cast<double>(entry[lanes.at[lane]]);
+      }
+    }
   }
 }
 
 // to[lane * pitch + i] = from[i * kChains + lane] for `count` lanes.
 template <class T>
 void separate(const double* from, int64_t pitch, int64_t size, int64_t count, T* to) {
+  if (count == kChains) {
+    for (int64_t i = 0; i < size; ++i) {
+      for (int64_t lane = 0; lane < kChains; ++lane) {
+        to[lane * pitch + i] = static_cast<T>(from[i * kChains + lane]);
+      }
+    }
+    return;
+  }
   for (int64_t lane = 0; lane < count; ++lane) {
     for (int64_t i = 0; i < size; ++i) {
       to[lane * pitch + i] = static_cast<T>(from[i * kChains + lane]);
@@ -132,9 +186,10 @@ void scan_together(const Chains<T>& t, int64_t first, int64_t count, const Chain
   const int64_t pitch = (s.steps + 1) * s.width(), lanes = s.width() * kChains;
   Scratch<double> scratch(2 * lanes + s.k * s.k * kChains);
   double *u = scratch.get(), *next = u + lanes, *step = next + lanes;
-  interleave(states, pitch, s.width(), count, u);
+  const LaneOffsets of_t(t.batch, count);
+  interleave(states, LaneOffsets(pitch, count), s.width(), u);
   for (int64_t l = 0; l < s.steps; ++l) {
-    interleave_step<T>(t, first, count, l, s.k, step);
+    interleave_step<T>(t, first, of_t, l, s.k, step);
     for (int64_t row = 0; row < s.rows; ++row) {
       const int64_t at = row * s.k * kChains;
       SAPWOOD_ISA_CALL(scan_step(u + at, step, s.k, next + at));
@@ -144,11 +199,11 @@ void scan_together(const Chains<T>& t, int64_t first, int64_t count, const Chain
   }
 }
 
-inline Tensor log_scan(const Tensor& t_in, const Tensor& init_in) {
+inline Tensor log_scan(const Tensor& t_in, const Tensor& init_in, bool maximum) {
   check_scan("log_scan", t_in, init_in);
   const Tensor t = as_compute(t_in);
   const Tensor init = torch::stable::contiguous(torch::stable::to(init_in, ScalarType::Double));
-  const ChainSizes s{t.size(0), t.size(1), init.size(1), t.size(2)};
+  const ChainSizes s{t.size(0), t.size(1), init.size(1), t.size(2), maximum};
   const Tensor states = torch::stable::new_empty(init, {s.batch, s.steps + 1, s.rows, s.k});
   with_type(t, [&](auto zero) {
     using T = decltype(zero);
@@ -189,7 +244,7 @@ void scan_backward_alone(const Chains<T>& t, int64_t e, const ChainSizes& s, con
       std::copy_n(given + l * width + row * k, k, before.data());
       for (int64_t j = 0; j < k; ++j) {
         if (from[j] == 0) continue;
-        scan_weights(u + l * width + row * k, step.data() + j * k, k, p.data());
+        scan_weights(u + l * width + row * k, step.data() + j * k, k, s.maximum, p.data());
         for (int64_t i = 0; i < k; ++i) {
           sums[static_cast<size_t>(i * k + j)] += from[j] * p[static_cast<size_t>(i)];
           before[static_cast<size_t>(i)] += from[j] * p[static_cast<size_t>(i)];
@@ -213,11 +268,12 @@ void scan_backward_together(const Chains<T>& t, int64_t first, int64_t count, co
   Scratch<double> scratch(3 * lanes + 2 * square + k * kChains);
   double *u = scratch.get(), *g = u + lanes, *before = g + lanes;
   double *step = before + lanes, *sums = step + square, *p = sums + square;
-  interleave(given + s.steps * width, pitch, width, count, g);
+  const LaneOffsets of_t(t.batch, count), of_states(pitch, count);
+  interleave(given + s.steps * width, of_states, width, g);
   for (int64_t l = s.steps - 1; l >= 0; --l) {
-    interleave_step<T>(t, first, count, l, k, step);
-    interleave(states + l * width, pitch, width, count, u);
-    interleave(given + l * width, pitch, width, count, before);
+    interleave_step<T>(t, first, of_t, l, k, step);
+    interleave(states + l * width, of_states, width, u);
+    interleave(given + l * width, of_states, width, before);
     std::fill_n(sums, square, 0.0);
     for (int64_t row = 0; row < s.rows; ++row) {
       const int64_t at = row * k * kChains;
@@ -231,7 +287,7 @@ void scan_backward_together(const Chains<T>& t, int64_t first, int64_t count, co
 
 // grad (B, L + 1, R, k) of the states in double -> dt (B, L, k, k) in t's dtype, dinit (B, R, k).
 inline std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const Tensor& t_in,
-                                                    const Tensor& states_in) {
+                                                    const Tensor& states_in, bool maximum) {
   const char* op = "log_scan_backward";
   check_dim(op, "states", states_in, 4);
   check_shape(op, "grad", grad_in, states_in.sizes());
@@ -240,7 +296,7 @@ inline std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const
   const Tensor t = as_compute(t_in);
   const Tensor states = torch::stable::contiguous(torch::stable::to(states_in, ScalarType::Double));
   const Tensor grad = torch::stable::contiguous(torch::stable::to(grad_in, ScalarType::Double));
-  const ChainSizes s{t.size(0), t.size(1), states.size(2), t.size(2)};
+  const ChainSizes s{t.size(0), t.size(1), states.size(2), t.size(2), maximum};
   check_shape(op, "states", states, {s.batch, s.steps + 1, s.rows, s.k});
   const Tensor dt = torch::stable::new_empty(t, {s.batch, s.steps, s.k, s.k});
   const Tensor dinit = torch::stable::new_empty(states, {s.batch, s.rows, s.k});

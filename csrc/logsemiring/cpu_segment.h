@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <tuple>
 
 #include "logsemiring/cpu_tensors.h"
 
@@ -203,6 +204,45 @@ inline Tensor weights_of(const char* op, const std::optional<Tensor>& scale_in, 
     });
   });
   return back_to(out, x.scalar_type());
+}
+
+// The largest entry of a segment for `width` columns, and which entry it is: NaN wins, then the first.
+// -1 where that is -inf.
+template <class T>
+void segment_maxima(const T* x, int64_t inner, const Segments& g, int64_t s, int64_t width, T* top,
+                    int64_t* at) {
+  std::fill_n(top, width, -kInf<T>);
+  std::fill_n(at, width, int64_t{-1});
+  for (int64_t i = g.ptr[s]; i < g.ptr[s + 1]; ++i) {
+    const int64_t entry = g.entry(i);
+    const T* row = x + entry * inner;
+    for (int64_t c = 0; c < width; ++c) {
+      const bool better = row[c] > top[c] || (row[c] != row[c] && top[c] == top[c]);
+      top[c] = better ? row[c] : top[c];
+      at[c] = better ? entry : at[c];
+    }
+  }
+}
+
+inline std::tuple<Tensor, Tensor> segment_max(const Tensor& x, const Tensor& ptr_in,
+                                              const std::optional<Tensor>& order_in) {
+  const Tensor ptr = torch::stable::contiguous(ptr_in);
+  const std::optional<Tensor> order = contiguous_order(order_in);
+  const Segments g = segments_of("segment_max", x, ptr, order);
+  const Tensor from = torch::stable::contiguous(as_compute(x));
+  const int64_t n = x.size(1), inner = x.size(2);
+  const Tensor values = torch::stable::new_empty(from, {x.size(0), g.count, inner});
+  const Tensor indices =
+      torch::stable::new_empty(values, {x.size(0), g.count, inner}, ScalarType::Long);
+  with_type(from, [&](auto zero) {
+    using T = decltype(zero);
+    over_segments<T>(x, g, [&](int64_t o, int64_t s, int64_t first, int64_t width, auto&) {
+      const int64_t to = (o * g.count + s) * inner + first;
+      segment_maxima<T>(data<T>(from) + o * n * inner + first, inner, g, s, width,
+                        mutable_data<T>(values) + to, mutable_data<int64_t>(indices) + to);
+    });
+  });
+  return {back_to(values, x.scalar_type()), indices};
 }
 
 inline Tensor segment_softmax(const Tensor& x, const Tensor& ptr,

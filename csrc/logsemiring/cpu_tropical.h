@@ -2,6 +2,7 @@
 #pragma once
 
 #include <tuple>
+#include <type_traits>
 
 #include "logsemiring/cpu_gemm.h"
 
@@ -20,30 +21,57 @@ void nan_wins(const Matrix<T>& a, const Matrix<T>& b, int64_t k, int64_t i, int6
   }
 }
 
+// Room for one pass of packed terms. A pitch that is a power of two would put all rows in one set of
+// the cache.
+template <class T>
+class TropicalScratch {
+ public:
+  using Place = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+
+  explicit TropicalScratch(int64_t k)
+      : pitch(round_up(std::min(std::max<int64_t>(k, 1), kExactDepth), kBlock) + kBlock),
+        memory_(pitch * (kGroup + 2 * kStrip<T>)) {}
+  T* a() { return memory_.get(); }
+  T* b() { return a() + pitch * kGroup; }
+  T* b_turned() { return b() + pitch * kStrip<T>; }
+
+  const int64_t pitch;
+  bool b_ready = false;  // b is that of this strip, all terms of it
+
+ private:
+  Scratch<T> memory_;
+};
+
 template <class T>
 void max_matmul_tile(const Matrix<T>& a, const Matrix<T>& b, int64_t k, int64_t row, int64_t rows,
-                     int64_t col, int64_t cols, bool careful, bool pb_ready,
-                     ExactScratch<T>& scratch, T* values, int64_t* indices, int64_t pitch) {
-  T top[kGroup * kStrip<T>];
-  int64_t index[kGroup * kStrip<T>];
-  std::fill_n(top, kGroup * kStrip<T>, -kInf<T>);
-  std::fill_n(index, kGroup * kStrip<T>, int64_t{-1});
+                     int64_t col, int64_t cols, bool careful, TropicalScratch<T>& scratch,
+                     T* values, int64_t* indices, int64_t pitch) {
+  constexpr int64_t S = kStrip<T>;
+  alignas(64) T top[kGroup * S];
+  alignas(64) typename TropicalScratch<T>::Place block[kGroup * S];
+  int64_t index[kGroup * S];
+  std::fill_n(top, kGroup * S, -kInf<T>);
+  std::fill_n(index, kGroup * S, int64_t{-1});
   T *pa = scratch.a(), *pb = scratch.b();
   for (int64_t l = 0; l < k; l += kExactDepth) {
-    const int64_t depth = std::min(kExactDepth, k - l);
-    SAPWOOD_ISA_CALL(pack_rows(a, row, rows, l, depth, pa));
-    if (!pb_ready || k > kExactDepth) {
+    const int64_t depth = std::min(kExactDepth, k - l), whole = round_up(depth, kBlock);
+    std::fill_n(block, kGroup * S, -1);
+    SAPWOOD_ISA_CALL(copy_rows(a, row, rows, l, depth, whole, scratch.pitch, pa));
+    if (!scratch.b_ready) {
       SAPWOOD_ISA_CALL(pack_cols(b, col, cols, l, depth, pb));
+      std::fill_n(pb + depth * S, (whole - depth) * S, -kInf<T>);
+      SAPWOOD_ISA_CALL(turn_panel(pb, S, whole, scratch.pitch, scratch.b_turned()));
+      scratch.b_ready = k <= kExactDepth;
     }
-    SAPWOOD_ISA_CALL(arg_maxima(pa, pb, depth, l, rows, cols, top, index));
+    SAPWOOD_ISA_CALL(arg_maxima(pa, scratch.pitch, pb, whole, rows, cols, top, block));
+    SAPWOOD_ISA_CALL(
+        locate(pa, scratch.b_turned(), scratch.pitch, l, rows, cols, top, block, index));
   }
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t j = 0; j < cols; ++j) {
-      T* value = values + r * pitch + j;
-      int64_t* at = indices + r * pitch + j;
-      *value = top[r * kStrip<T> + j];
-      *at = index[r * kStrip<T> + j];
-      if (careful) nan_wins(a, b, k, row + r, col + j, value, at);
+    std::copy_n(top + r * S, cols, values + r * pitch);
+    std::copy_n(index + r * S, cols, indices + r * pitch);
+    for (int64_t j = 0; careful && j < cols; ++j) {
+      nan_wins(a, b, k, row + r, col + j, values + r * pitch + j, indices + r * pitch + j);
     }
   }
 }
@@ -59,12 +87,13 @@ void max_matmul_element(const Matrix<T>& a, const Matrix<T>& b, const Sizes& s, 
   const int64_t per_tile = kGroup * kStrip<T> * std::max<int64_t>(s.k, 1);
   const int64_t grain = std::max<int64_t>(1, 8 * kTermsPerTask / per_tile);
   parallel_range(strips * groups, grain, [&](int64_t begin, int64_t end) {
-    ExactScratch<T> scratch(s.k);
+    TropicalScratch<T> scratch(s.k);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t row = t % groups * kGroup, col = t / groups * kStrip<T>;
+      scratch.b_ready = scratch.b_ready && row > 0;
       max_matmul_tile<T>(a, b, s.k, row, std::min(kGroup, s.m - row), col,
-                         std::min(kStrip<T>, s.n - col), in_a || in_b, t > begin && row > 0,
-                         scratch, values + row * s.n + col, indices + row * s.n + col, s.n);
+                         std::min(kStrip<T>, s.n - col), in_a || in_b, scratch,
+                         values + row * s.n + col, indices + row * s.n + col, s.n);
     }
   });
 }

@@ -179,28 +179,49 @@ Tensor sample_matmul(const Tensor& a_in, const Tensor& b_in, int64_t num_samples
   return out;
 }
 
-// Values (O, S, I), or weights (O, n, I), times a scale (O, S, I) if there is one. The contents of ptr and order are not checked: that would
-// wait for the device; SegmentPlan checks them when it is made.
-Tensor segments(const char* op, const Tensor& x_in, const Tensor& ptr_in,
-                const OptionalTensor& order_in, bool weights, const OptionalTensor& scale_in) {
+// Checked arguments of an op over segments, contiguous. The contents of ptr and order are not
+// checked: that would wait for the device; SegmentPlan checks them when it is made.
+struct SegmentArguments {
+  Tensor x, ptr;
+  OptionalTensor order;
+
+  Division division() const {
+    return {input<int64_t>(ptr), order ? input<int64_t>(*order) : nullptr,
+            x.size(0),           ptr.numel() - 1,
+            x.size(2),           x.size(1)};
+  }
+};
+
+SegmentArguments segment_arguments(const char* op, const Tensor& x_in, const Tensor& ptr_in,
+                                   const OptionalTensor& order_in) {
   check_dim(op, "x", x_in, 3);
   check_dim(op, "ptr", ptr_in, 1);
   check_dtype(op, "ptr", ptr_in, ptr_in.scalar_type() == ScalarType::Long, "int64");
   check_device(op, "ptr", ptr_in, "x", x_in);
   STD_TORCH_CHECK(ptr_in.numel() > 0, "sapwood.", op, ": ptr must not be empty, got (0,)");
-  const DeviceScope scope(x_in);
-  const Tensor x = torch::stable::contiguous(widened(x_in));
-  const Tensor ptr = torch::stable::contiguous(ptr_in);
-  OptionalTensor order;
+  SegmentArguments found{torch::stable::contiguous(widened(x_in)),
+                         torch::stable::contiguous(ptr_in), std::nullopt};
   if (order_in) {
-    check_shape(op, "order", *order_in, {x.size(1)});
+    check_shape(op, "order", *order_in, {x_in.size(1)});
     check_dtype(op, "order", *order_in, order_in->scalar_type() == ScalarType::Long, "int64");
     check_device(op, "order", *order_in, "x", x_in);
-    order = torch::stable::contiguous(*order_in);
+    found.order = torch::stable::contiguous(*order_in);
   }
-  const Division d{input<int64_t>(ptr), order ? input<int64_t>(*order) : nullptr,
-                   x.size(0),           ptr.numel() - 1,
-                   x.size(2),           x.size(1)};
+  return found;
+}
+
+unsigned warp_blocks(const Division& d) {
+  const int64_t warps = d.outer * d.count * d.inner, per_block = kThreads / kWarp;
+  return grid_of((warps + per_block - 1) / per_block);
+}
+
+// Values (O, S, I), or weights (O, n, I), times a scale (O, S, I) if there is one.
+Tensor segments(const char* op, const Tensor& x_in, const Tensor& ptr_in,
+                const OptionalTensor& order_in, bool weights, const OptionalTensor& scale_in) {
+  const DeviceScope scope(x_in);
+  const SegmentArguments given = segment_arguments(op, x_in, ptr_in, order_in);
+  const Tensor& x = given.x;
+  const Division d = given.division();
   OptionalTensor scale;
   if (scale_in) {
     check_shape(op, "grad", *scale_in, {x.size(0), d.count, x.size(2)});
@@ -210,19 +231,38 @@ Tensor segments(const char* op, const Tensor& x_in, const Tensor& ptr_in,
   }
   const Tensor out =
       torch::stable::new_empty(x, {x.size(0), weights ? x.size(1) : d.count, x.size(2)});
-  const int64_t warps = d.outer * d.count * d.inner, per_block = kThreads / kWarp;
-  if (warps > 0) {
+  if (warp_blocks(d) > 0) {
     with_type(op, x, [&](auto zero) {
       using T = decltype(zero);
       auto kernel = segment_kernel<T>;
       T *values = weights ? nullptr : output<T>(out), *shares = weights ? output<T>(out) : nullptr;
-      SAPWOOD_LAUNCH(kernel, grid_of((warps + per_block - 1) / per_block), kThreads, 0,
-                     current_stream(x), input<T>(x), d, scale ? input<T>(*scale) : nullptr, values,
-                     shares);
+      SAPWOOD_LAUNCH(kernel, warp_blocks(d), kThreads, 0, current_stream(x), input<T>(x), d,
+                     scale ? input<T>(*scale) : nullptr, values, shares);
       SAPWOOD_CUDA_CHECK(cudaGetLastError());
     });
   }
   return restored(out, x_in.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> segment_max(const Tensor& x_in, const Tensor& ptr,
+                                       const OptionalTensor& order) {
+  const char* op = "segment_max";
+  const DeviceScope scope(x_in);
+  const SegmentArguments given = segment_arguments(op, x_in, ptr, order);
+  const Division d = given.division();
+  const Tensor values = torch::stable::new_empty(given.x, {d.outer, d.count, d.inner});
+  const Tensor indices =
+      torch::stable::new_empty(given.x, {d.outer, d.count, d.inner}, ScalarType::Long);
+  if (warp_blocks(d) > 0) {
+    with_type(op, given.x, [&](auto zero) {
+      using T = decltype(zero);
+      auto kernel = segment_max_kernel<T>;
+      SAPWOOD_LAUNCH(kernel, warp_blocks(d), kThreads, 0, current_stream(given.x),
+                     input<T>(given.x), d, output<T>(values), output<int64_t>(indices));
+      SAPWOOD_CUDA_CHECK(cudaGetLastError());
+    });
+  }
+  return {restored(values, x_in.scalar_type()), indices};
 }
 
 Tensor segment_logsumexp(const Tensor& x, const Tensor& ptr, const OptionalTensor& order) {
@@ -243,7 +283,7 @@ Chain<T> chain(const Tensor& t) {
   return {input<T>(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-Tensor log_scan(const Tensor& t_in, const Tensor& init) {
+Tensor log_scan(const Tensor& t_in, const Tensor& init, bool maximum) {
   const char* op = "log_scan";
   check_dim(op, "t", t_in, 4);
   check_dim(op, "init", init, 3);
@@ -252,7 +292,7 @@ Tensor log_scan(const Tensor& t_in, const Tensor& init) {
   check_device(op, "init", init, "t", t_in);
   const DeviceScope scope(t_in);
   const Tensor t = widened(t_in);
-  const ChainShape s{t.size(0), t.size(1), init.size(1), t.size(2)};
+  const ChainShape s{t.size(0), t.size(1), init.size(1), t.size(2), maximum};
   const Tensor states =
       torch::stable::new_empty(t, {s.batch, s.length + 1, s.rows, s.k}, ScalarType::Double);
   Tensor first = torch::stable::select(states, 1, 0);
@@ -269,7 +309,7 @@ Tensor log_scan(const Tensor& t_in, const Tensor& init) {
 }
 
 std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const Tensor& t_in,
-                                             const Tensor& states_in) {
+                                             const Tensor& states_in, bool maximum) {
   const char* op = "log_scan_backward";
   check_dim(op, "t", t_in, 4);
   check_dim(op, "states", states_in, 4);
@@ -280,7 +320,7 @@ std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const Tensor
   const Tensor t = widened(t_in);
   const Tensor states = torch::stable::contiguous(torch::stable::to(states_in, ScalarType::Double));
   const Tensor grad = torch::stable::contiguous(torch::stable::to(grad_in, ScalarType::Double));
-  const ChainShape s{t.size(0), t.size(1), states.size(2), t.size(2)};
+  const ChainShape s{t.size(0), t.size(1), states.size(2), t.size(2), maximum};
   check_shape(op, "states", states, {s.batch, s.length + 1, s.rows, s.k});
   const Tensor dt = torch::stable::new_empty(t, {s.batch, s.length, s.k, s.k});
   const Tensor dinit = torch::stable::new_empty(states, {s.batch, s.rows, s.k});
@@ -299,6 +339,35 @@ std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const Tensor
   return {restored(dt, type), restored(dinit, type)};
 }
 
+Tensor log_scan_path(const Tensor& t_in, const Tensor& states_in, const Tensor& final_in,
+                     int64_t num_samples, int64_t seed, bool maximum) {
+  const char* op = "log_scan_path";
+  check_dim(op, "t", t_in, 4);
+  const ChainShape s{t_in.size(0), t_in.size(1), 1, t_in.size(2), maximum};
+  check_shape(op, "t", t_in, {s.batch, s.length, s.k, s.k});
+  check_shape(op, "states", states_in, {s.batch, s.length + 1, s.k});
+  check_shape(op, "final", final_in, {s.batch, s.k});
+  check_device(op, "states", states_in, "t", t_in);
+  check_device(op, "final", final_in, "t", t_in);
+  const DeviceScope scope(t_in);
+  const Tensor t = widened(t_in);
+  const Tensor states = torch::stable::contiguous(torch::stable::to(states_in, ScalarType::Double));
+  const Tensor end = torch::stable::contiguous(torch::stable::to(final_in, ScalarType::Double));
+  const Tensor out =
+      torch::stable::new_empty(t, {num_samples, s.batch, s.length + 1}, ScalarType::Long);
+  const int64_t blocks = (num_samples * s.batch + kThreads - 1) / kThreads;
+  if (blocks == 0) return out;
+  with_type(op, t, [&](auto zero) {
+    using T = decltype(zero);
+    auto kernel = path_kernel<T>;
+    SAPWOOD_LAUNCH(kernel, grid_of(blocks), kThreads, 0, current_stream(t), chain<T>(t), s,
+                   input<double>(states), input<double>(end), num_samples,
+                   static_cast<uint64_t>(seed), output<int64_t>(out));
+    SAPWOOD_CUDA_CHECK(cudaGetLastError());
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace sapwood::logsemiring::device
 
@@ -312,6 +381,8 @@ SAPWOOD_CUDA_IMPL(m) {
   m.impl("segment_logsumexp", TORCH_BOX(&ops::segment_logsumexp));
   m.impl("segment_logsumexp_backward", TORCH_BOX(&ops::segment_logsumexp_backward));
   m.impl("segment_softmax", TORCH_BOX(&ops::segment_softmax));
+  m.impl("segment_max", TORCH_BOX(&ops::segment_max));
   m.impl("log_scan", TORCH_BOX(&ops::log_scan));
   m.impl("log_scan_backward", TORCH_BOX(&ops::log_scan_backward));
+  m.impl("log_scan_path", TORCH_BOX(&ops::log_scan_path));
 }

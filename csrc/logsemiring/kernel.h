@@ -49,6 +49,7 @@ inline constexpr int64_t kTileRows = 48;      // rows of a task's tile
 inline constexpr int64_t kGroup = 8;          // rows of a tile of the exact kernel
 inline constexpr int64_t kDepth = 192;        // terms per pass of the GEMM: a strip stays in L1
 inline constexpr int64_t kExactDepth = 4096;  // terms per pass of the exact kernel
+inline constexpr int64_t kBlock = 16;         // terms that max_matmul looks at as one
 inline constexpr int64_t kChains = 8;         // chains that log_scan walks side by side
 template <class T>
 inline constexpr int64_t kStrip = 128 / static_cast<int64_t>(sizeof(T));  // columns of a panel

@@ -30,11 +30,14 @@ SAPWOOD_TARGET void exact_grad_rows(const Packed<T>& x, const Weights<T>& out, i
                                     int64_t rows, int64_t cols, T* da, int64_t pitch) {
   using Vec = typename Lanes<T>::type;
   constexpr int W = Lanes<T>::count;
+  typename Lanes<T>::bits_type exists{};  // of the last vector: +inf beside padding makes NaN
+  for (int i = 0; i < W; ++i) exists[i] = i < cols % W ? -1 : 0;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t l = 0; l < depth; ++l) {
       Vec total{}, p;
       for (int64_t w = 0; w < cols; w += W) {
         term<second>(x, out, l, r, w, p);
+        if (w + W > cols) p = exists ? p : Vec{};
         total += p;
       }
       da[r * pitch + l] += sum_lanes<T>(total);
@@ -103,6 +106,63 @@ SAPWOOD_TARGET void exact_weights(const Matrix<T>& a, const Matrix<T>& b, int64_
         out.weight[at] = T(1) / sum;
       }
     }
+  }
+}
+
+// Both gradients of a shallow tile, which are added to: every exponential is taken once and kept in
+// p (k, kGroup, kStrip). Null where not wanted; da has pitch k, db has pitch n.
+template <class T>
+SAPWOOD_TARGET void shallow_gradients(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& grad,
+                                      int64_t k, int64_t n, int64_t row0, int64_t rows,
+                                      int64_t col0, int64_t cols, const Packed<T>& room, T* p,
+                                      T* da, T* db) {
+  using Vec = typename Lanes<T>::type;
+  constexpr int64_t S = kStrip<T>;
+  constexpr int W = Lanes<T>::count;
+  T top[kGroup * S], weight[kGroup * S];
+  std::fill_n(top, kGroup * S, -kInf<T>);
+  pack_rows(a, row0, rows, 0, k, room.a);
+  pack_cols(b, col0, cols, 0, k, room.b);
+  exact_maxima(room.a, room.b, k, rows, cols, top);
+  typename Lanes<T>::bits_type exists{};  // of the last vector: +inf beside padding makes NaN
+  for (int i = 0; i < W; ++i) exists[i] = i < cols % W ? -1 : 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t w = 0; w < cols; w += W) {
+      Vec shift, y, x, sum{};
+      load<T>(shift, top + r * S + w);
+      shift = shift == -kInf<T> ? Vec{} : shift;
+      for (int64_t l = 0; l < k; ++l) {
+        load<T>(y, room.b + l * S + w);
+        difference<true, T>(room.a[l * kGroup + r], y, shift, x);
+        exp_nonpositive<Below::zero, T>(x);
+        if (w + W > cols) x = exists ? x : Vec{};
+        store<T>(p + (l * kGroup + r) * S + w, x);
+        sum += x;
+      }
+      T given[W] = {};
+      for (int64_t j = 0; j < std::min<int64_t>(W, cols - w); ++j) {
+        given[j] = grad.at(row0 + r, col0 + w + j);
+      }
+      load<T>(y, given);
+      store<T>(weight + r * S + w, y * (sum == T(0) ? Vec{} : T(1) / sum));
+    }
+  }
+  for (int64_t l = 0; l < k; ++l) {
+    T* to = db != nullptr ? db + l * n + col0 : nullptr;
+    T column[S] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      Vec total{}, x, y, z;
+      for (int64_t w = 0; w < cols; w += W) {
+        load<T>(x, p + (l * kGroup + r) * S + w);
+        load<T>(y, weight + r * S + w);
+        load<T>(z, column + w);
+        x *= y;
+        total += x;
+        store<T>(column + w, z + x);
+      }
+      if (da != nullptr) da[(row0 + r) * k + l] += sum_lanes<T>(total);
+    }
+    for (int64_t j = 0; to != nullptr && j < cols; ++j) to[j] += column[j];
   }
 }
 

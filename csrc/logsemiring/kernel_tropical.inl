@@ -1,70 +1,130 @@
 // The max-plus product: values and the lowest index that attains them. Compiled once per instruction
-// set; operands are packed as for the exact kernel.
+// set. Columns of b are packed as for the exact kernel, and turned; of a, rows are copied. First the
+// maximum of each output and the block of terms it lies in; then where in that block.
 namespace sapwood::logsemiring::SAPWOOD_ISA {
 
-// Index vectors are as wide as values: a pass is short enough for them.
+// One block of kBlock terms for R rows: top = max(top, terms), and block = `here` where that is new.
 template <int R, int V, class T>
-SAPWOOD_TARGET SAPWOOD_INLINE void arg_block(const T* __restrict a, const T* __restrict b,
-                                             int64_t depth, int64_t first, T* top, int64_t* index) {
+SAPWOOD_TARGET SAPWOOD_INLINE void block_maxima(const T* __restrict a, int64_t pitch,
+                                                const T* __restrict b, int64_t here, T* top,
+                                                typename Lanes<T>::bits* block) {
   using Vec = typename Lanes<T>::type;
   using Bits = typename Lanes<T>::bits_type;
   constexpr int W = Lanes<T>::count;
   Vec best[R][V];
-  Bits at[R][V];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      load<T>(best[r][v], top + r * kStrip<T> + v * W);
-      at[r][v] = Bits{} - 1;
-    }
+    for (int v = 0; v < V; ++v) best[r][v] = Vec{} - kInf<T>;
   }
-  for (int64_t l = 0; l < depth; ++l) {
-    const Bits here = Bits{} + static_cast<typename Lanes<T>::bits>(l);
+#pragma GCC unroll 4
+  for (int64_t l = 0; l < kBlock; ++l) {
     Vec y[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) load<T>(y[v], b + l * kStrip<T> + v * W);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        const Vec x = a[l * kGroup + r] + y[v];
-        at[r][v] = x > best[r][v] ? here : at[r][v];
+        const Vec x = a[r * pitch + l] + y[v];
         larger<T>(best[r][v], x, best[r][v]);
       }
     }
   }
+  const Bits now = Bits{} + static_cast<typename Lanes<T>::bits>(here);
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      store<T>(top + r * kStrip<T> + v * W, best[r][v]);
-      for (int i = 0; i < W; ++i) {
-        int64_t& to = index[r * kStrip<T> + v * W + i];
-        to = at[r][v][i] >= 0 ? first + at[r][v][i] : to;
+      const int64_t to = r * kStrip<T> + v * W;
+      Vec before;
+      Bits at;
+      load<T>(before, top + to);
+      __builtin_memcpy(&at, block + to, sizeof at);
+      at = best[r][v] > before ? now : at;
+      larger<T>(before, best[r][v], before);
+      store<T>(top + to, before);
+      __builtin_memcpy(block + to, &at, sizeof at);
+    }
+  }
+}
+
+// top = max(top, terms) and block = the first block of kBlock terms that attains it. NaN is ignored.
+// a (kGroup, depth) of the given pitch, b (depth, kStrip), depth in whole blocks.
+template <class T>
+SAPWOOD_TARGET void arg_maxima(const T* a, int64_t pitch, const T* b, int64_t depth, int64_t rows,
+                               int64_t cols, T* top, typename Lanes<T>::bits* block) {
+  constexpr int V = SAPWOOD_IS_AVX512 ? 2 : 1, W = Lanes<T>::count;
+  for (int64_t w = 0; w < cols; w += V * W) {
+    for (int64_t l = 0; l < depth; l += kBlock) {
+      const T* y = b + l * kStrip<T> + w;
+      if (rows > 4) {
+        block_maxima<8, V, T>(a + l, pitch, y, l / kBlock, top + w, block + w);
+      } else if (rows > 1) {
+        block_maxima<4, V, T>(a + l, pitch, y, l / kBlock, top + w, block + w);
+      } else {
+        block_maxima<1, V, T>(a + l, pitch, y, l / kBlock, top + w, block + w);
       }
     }
   }
 }
 
-// top = max(top, terms) and index = where, for a pass of terms that begins at `first`. NaN is ignored.
+// to[r * pitch + l] = x(row0 + r, first + l), -inf from row `rows` and from term `depth` to `whole` on.
 template <class T>
-SAPWOOD_TARGET void arg_maxima(const T* a, const T* b, int64_t depth, int64_t first, int64_t rows,
-                               int64_t cols, T* top, int64_t* index) {
-  constexpr int V = SAPWOOD_IS_AVX512 ? 2 : 1, W = Lanes<T>::count;
-  for (int64_t w = 0; w < cols;) {
-    const bool wide = V == 2 && cols - w > W;
-    for (int64_t r = 0; r < rows;) {
-      const int64_t to = r * kStrip<T> + w;
-      if (rows - r >= 4) {
-        wide ? arg_block<4, V, T>(a + r, b + w, depth, first, top + to, index + to)
-             : arg_block<4, 1, T>(a + r, b + w, depth, first, top + to, index + to);
-        r += 4;
-      } else {
-        wide ? arg_block<1, V, T>(a + r, b + w, depth, first, top + to, index + to)
-             : arg_block<1, 1, T>(a + r, b + w, depth, first, top + to, index + to);
-        r += 1;
-      }
+SAPWOOD_TARGET void copy_rows(const Matrix<T>& x, int64_t row0, int64_t rows, int64_t first,
+                              int64_t depth, int64_t whole, int64_t pitch, T* to) {
+  for (int64_t r = 0; r < kGroup; ++r) {
+    const int64_t count = r < rows ? depth : 0;
+    const T* from = x.data + (row0 + r) * x.row_stride + first * x.col_stride;
+    if (x.col_stride == 1) {
+      std::copy_n(from, count, to + r * pitch);
+    } else {
+      for (int64_t l = 0; l < count; ++l) to[r * pitch + l] = from[l * x.col_stride];
     }
-    w += wide ? V * W : W;
+    std::fill(to + r * pitch + count, to + r * pitch + whole, -kInf<T>);
+  }
+}
+
+// to[j * pitch + l] = from[l * lanes + j]: a panel turned, so that the terms of a lane lie together.
+template <class T>
+SAPWOOD_TARGET void turn_panel(const T* from, int64_t lanes, int64_t depth, int64_t pitch, T* to) {
+  constexpr int W = Lanes<T>::count;
+  int64_t l = 0;
+  for (; lanes % W == 0 && l + W <= depth; l += W) {
+    for (int64_t j = 0; j < lanes; j += W) {
+      typename Lanes<T>::type square[W];
+      for (int i = 0; i < W; ++i) load<T>(square[i], from + (l + i) * lanes + j);
+      transpose<W / 2, T>(square);
+      for (int i = 0; i < W; ++i) store<T>(to + (j + i) * pitch + l, square[i]);
+    }
+  }
+  for (; l < depth; ++l) {
+    for (int64_t j = 0; j < lanes; ++j) to[j * pitch + l] = from[l * lanes + j];
+  }
+}
+
+// index = first + where in its block each maximum lies, for outputs whose block is not -1. In a and in
+// the turned b the terms of a lane lie together.
+template <class T>
+SAPWOOD_TARGET void locate(const T* a, const T* b, int64_t pitch, int64_t first, int64_t rows,
+                           int64_t cols, const T* top, const typename Lanes<T>::bits* block,
+                           int64_t* index) {
+  constexpr int W = Lanes<T>::count;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < cols; ++j) {
+      const int64_t out = r * kStrip<T> + j;
+      if (block[out] < 0) continue;
+      const int64_t begin = int64_t{block[out]} * kBlock;
+      const T *x = a + r * pitch + begin, *y = b + j * pitch + begin;
+      unsigned hits = 0;
+      for (int64_t l = kBlock - W; l >= 0; l -= W) {
+        typename Lanes<T>::type left, right;
+        load<T>(left, x + l);
+        load<T>(right, y + l);
+        hits = hits << W | equal_lanes<T>(left + right, typename Lanes<T>::type{} + top[out]);
+      }
+      index[out] = first + begin + __builtin_ctz(hits);
+    }
   }
 }
 

@@ -68,6 +68,23 @@ SAPWOOD_TARGET SAPWOOD_INLINE void larger(typename Lanes<T>::type& v,
 #endif
 }
 
+// Bit i says that lane i of both is equal.
+template <class T>
+SAPWOOD_TARGET SAPWOOD_INLINE unsigned equal_lanes(const typename Lanes<T>::type& a,
+                                                   const typename Lanes<T>::type& b) {
+#if SAPWOOD_IS_AVX512
+  if constexpr (sizeof(T) == 8)
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ);
+  else
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
+#else
+  const typename Lanes<T>::bits_type equal = a == b;
+  unsigned found = 0;
+  for (int i = 0; i < Lanes<T>::count; ++i) found |= static_cast<unsigned>(equal[i] & 1) << i;
+  return found;
+#endif
+}
+
 // The sum of all lanes, in an order that the vector length decides.
 template <class T>
 SAPWOOD_TARGET SAPWOOD_INLINE T sum_lanes(const typename Lanes<T>::type& v) {

@@ -15,6 +15,7 @@ from sapwood.cli.chapters import (
     ChapterResult,
     Context,
     compare_ways,
+    hidden_states,
     nearest_rows,
     prune_pack_run,
 )
@@ -156,6 +157,16 @@ def test_nearest_rows_finds_what_it_planted() -> None:
     assert "All 300 planted copies were found." in result.remarks
 
 
+def test_hidden_states_names_most_dice() -> None:
+    result = hidden_states.run(Context(quick=True, seed=3, bars=None))  # type: ignore[arg-type]
+    assert result.data["rolls"] == 1000
+    assert -2000 < result.data["log_likelihood"] < -1500
+    assert result.data["float32_product"] == 0.0
+    assert result.data["decoded"] > 0.7
+    assert result.data["speedup"] > 1
+    assert "is 0." in result.remarks[0]
+
+
 @pytest.mark.slow
 def test_quick_tour_measures_what_it_shows(
     invoke: Invoke, narrow: Narrow, tmp_path: Path, threads: None
@@ -165,7 +176,7 @@ def test_quick_tour_measures_what_it_shows(
     assert narrow(result.stdout.rpartition("wrote ")[0])
     page = (tmp_path / "index.html").read_text()
     assert "://" not in page
-    assert page.count("<svg role=") == 4
+    assert page.count("<svg role=") == 5
     chapters = json.loads((tmp_path / "results.json").read_text())["chapters"]
     dense, *pruned = chapters["prune_pack_run"]["networks"].values()
     assert dense["accuracy"] > 0.94

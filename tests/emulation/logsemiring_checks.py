@@ -192,6 +192,52 @@ def check_segments(ops: Any, inner: int, dtype: torch.dtype, device: str = "cpu"
     )
 
 
+def check_segment_maxima(ops: Any, inner: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    g = torch.Generator().manual_seed(inner)
+    x = torch.randn(2, 90, inner, generator=g).mul(3).round().to(device, dtype)  # ties
+    x[0, 6, 0], x[1, [8, 40]], x[1, 3::4] = math.inf, math.nan, -math.inf
+    index = torch.arange(90, device=device) % 4
+    index[index == 2] = 1  # segment 2 is empty, segment 4 too
+    order = index.argsort(stable=True)
+    ptr = torch.nn.functional.pad(index.bincount(minlength=5).cumsum(0), (1, 0))
+    values, indices = ops.segment_max(x, ptr, order)
+    want, where = reference.segment_max(x, ptr, order)
+    torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(indices, where)
+
+
+def check_paths(ops: Any, k: int, device: str = "cpu") -> None:
+    g = torch.Generator().manual_seed(k)
+    t, final = torch.randn(3, 6, k, k, generator=g), torch.randn(3, k, generator=g)
+    t[0, 2], t[1, :, 0] = -math.inf, -math.inf  # a chain without mass, a state that leads nowhere
+    t, final = t.to(device), final.to(device)
+    start = torch.zeros(3, 1, k, device=device)
+    for maximum in (False, True):
+        states = reference.log_scan(t, start, maximum)[:, :, 0]
+        for seed in (0, 2**40 + 12345):
+            got = ops.log_scan_path(t, states, final, 4, seed, maximum)
+            want = reference.log_scan_path(t, states, final, 4, seed, maximum)
+            assert torch.equal(got, want)
+        assert got[:, 0].eq(-1).all()
+
+
+def check_best_chains(ops: Any, rows: int, k: int, device: str = "cpu") -> None:
+    """The max-plus form; rounded, so that there are ties."""
+    g = torch.Generator().manual_seed(rows * 100 + k)
+    t = torch.randn(2, 4, k, k, generator=g).mul(2).round()
+    t[0, 1, 0], t[1, 2, 0, 1], t[1, 3] = -math.inf, math.nan, -math.inf
+    t, init = t.to(device), torch.randn(2, rows, k, generator=g).to(device)
+    states = ops.log_scan(t, init, True)
+    torch.testing.assert_close(states, reference.log_scan(t, init, True), equal_nan=True)
+    grad = torch.randn(states.shape, generator=g, dtype=torch.float64).to(device)
+    for got, want in zip(
+        ops.log_scan_backward(grad, t, states, True),
+        reference.log_scan_backward(grad, t, states, True),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
 def check_chains(
     ops: Any, rows: int, k: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> None:
@@ -199,16 +245,16 @@ def check_chains(
     t = torch.randn(2, 4, k, k, generator=g).to(device, dtype)
     init = torch.randn(2, rows, k, generator=g).to(device, dtype)
     t[0, 1, 0] = -math.inf
-    states = ops.log_scan(t, init)
-    torch.testing.assert_close(states, reference.log_scan(t, init))
+    states = ops.log_scan(t, init, False)
+    torch.testing.assert_close(states, reference.log_scan(t, init, False))
     grad = torch.randn(states.shape, generator=g, dtype=torch.float64).to(device)
     for got, want in zip(
-        ops.log_scan_backward(grad, t, states),
-        reference.log_scan_backward(grad, t, states),
+        ops.log_scan_backward(grad, t, states, False),
+        reference.log_scan_backward(grad, t, states, False),
         strict=True,
     ):
         torch.testing.assert_close(got, want)
-    assert ops.log_scan(t[:, :0], init).shape == (2, 1, rows, k)
+    assert ops.log_scan(t[:, :0], init, False).shape == (2, 1, rows, k)
 
 
 def check_infinite_chains(ops: Any, device: str = "cpu") -> None:
@@ -216,12 +262,12 @@ def check_infinite_chains(ops: Any, device: str = "cpu") -> None:
     t, init = torch.randn(4, 5, 3, 3, generator=g), torch.randn(4, 2, 3, generator=g)
     t[0, 2], t[1, 1, 0, 1], t[2, 3, 1, 1], init[3] = -math.inf, math.inf, math.nan, -math.inf
     t, init = t.to(device), init.to(device)
-    states = ops.log_scan(t, init)
-    torch.testing.assert_close(states, reference.log_scan(t, init), equal_nan=True)
+    states = ops.log_scan(t, init, False)
+    torch.testing.assert_close(states, reference.log_scan(t, init, False), equal_nan=True)
     grad = torch.ones_like(states)
     for got, want in zip(
-        ops.log_scan_backward(grad, t, states),
-        reference.log_scan_backward(grad, t, states),
+        ops.log_scan_backward(grad, t, states, False),
+        reference.log_scan_backward(grad, t, states, False),
         strict=True,
     ):
         torch.testing.assert_close(got, want, equal_nan=True)

@@ -83,6 +83,23 @@ def test_chains(ops: Any, rows: int, k: int) -> None:
     checks.check_chains(ops, rows, k)
 
 
+@by_dtype
+@pytest.mark.parametrize("inner", [1, 5])
+def test_segment_maxima(ops: Any, inner: int, dtype: torch.dtype) -> None:
+    checks.check_segment_maxima(ops, inner, dtype)
+
+
+@pytest.mark.parametrize("k", [2, 17])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_best_chains(ops: Any, rows: int, k: int) -> None:
+    checks.check_best_chains(ops, rows, k)
+
+
+@pytest.mark.parametrize("k", [2, 17])
+def test_paths(ops: Any, k: int) -> None:
+    checks.check_paths(ops, k)
+
+
 def test_chains_of_infinities(ops: Any) -> None:
     checks.check_infinite_chains(ops)
 

@@ -88,6 +88,18 @@ def test_chains(ops: Any, rows: int, k: int) -> None:
     checks.check_chains(ops, rows, k, device="cuda")
 
 
+@by_dtype
+@pytest.mark.parametrize("inner", [1, 5, 130])
+def test_segment_maxima(inner: int, dtype: torch.dtype) -> None:
+    checks.check_segment_maxima(torch.ops.sapwood, inner, dtype, "cuda")
+
+
+@pytest.mark.parametrize("k", [2, 17, 64])
+def test_paths(k: int) -> None:
+    checks.check_best_chains(torch.ops.sapwood, 2, k, "cuda")
+    checks.check_paths(torch.ops.sapwood, k, "cuda")
+
+
 def test_twenty_runs_are_bitwise_equal(ops: Any) -> None:
     a, b, grad = operands((2, 200, 150, 180), scale=30.0, device="cuda")
     first = ops.log_matmul_backward(grad, a, b, False, True, True)

@@ -106,9 +106,10 @@ def test_chains_of_infinities() -> None:
 
 
 def test_long_chains_are_left_to_others() -> None:
-    t = torch.zeros(1, 1, 65, 65)
-    assert _triton.why_not_chain(t) == "takes up to 64 states, not 65"
-    assert _triton.why_not_chain(t[..., :64, :64]) is None
+    t, init = torch.zeros(1, 1, 65, 65), torch.zeros(1, 1, 65)
+    assert _triton.why_not_chain(t, init, False) == "takes up to 64 states, not 65"
+    assert _triton.why_not_chain(t[..., :64, :64], init, False) is None
+    assert _triton.why_not_chain(t, init, True) == "takes the log semiring, not max"
 
 
 def test_runs_are_bitwise_equal() -> None:

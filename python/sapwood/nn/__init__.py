@@ -1,10 +1,13 @@
 """Modules over the ops."""
 
 from sapwood.nn.convert import LayerReport, to_dense, to_sparse
+from sapwood.nn.logsemiring import HMM, LogLinear
 from sapwood.nn.masked_matmul import MaskedConv2d, MaskedLinear, SparseLinear
 
 __all__ = [
+    "HMM",
     "LayerReport",
+    "LogLinear",
     "MaskedConv2d",
     "MaskedLinear",
     "SparseLinear",

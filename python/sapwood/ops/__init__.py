@@ -2,7 +2,9 @@
 
 from sapwood.ops._dispatch import DispatchTable, calibrate
 from sapwood.ops.logsemiring import (
+    BestPath,
     MaxMatmul,
+    SegmentMax,
     SegmentPlan,
     log1mexp,
     log_conv,
@@ -10,11 +12,14 @@ from sapwood.ops.logsemiring import (
     log_matmul,
     log_normalize,
     log_scan,
+    log_scan_argmax,
+    log_scan_sample,
     logaddexp,
     logsumexp,
     max_matmul,
     sample_matmul,
     segment_logsumexp,
+    segment_max,
 )
 from sapwood.ops.masked_matmul import (
     Decision,
@@ -38,12 +43,14 @@ from sapwood.ops.similarity import (
 )
 
 __all__ = [
+    "BestPath",
     "CKAAccumulator",
     "Decision",
     "DispatchTable",
     "MaxMatmul",
     "PackedWeight",
     "Pairs",
+    "SegmentMax",
     "SegmentPlan",
     "calibrate",
     "explain",
@@ -55,6 +62,8 @@ __all__ = [
     "log_matmul",
     "log_normalize",
     "log_scan",
+    "log_scan_argmax",
+    "log_scan_sample",
     "logaddexp",
     "logsumexp",
     "masked_matmul",
@@ -64,6 +73,7 @@ __all__ = [
     "sample_matmul",
     "sampled_matmul",
     "segment_logsumexp",
+    "segment_max",
     "similarity_clusters",
     "similarity_matrix",
     "similarity_pairs",

@@ -163,22 +163,98 @@ def segment_logsumexp_backward(
     return grad.index_select(1, ids) * segment_softmax(x, ptr, order)
 
 
-def log_scan(t: Tensor, init: Tensor) -> Tensor:
-    """u_0 = init, u_{l+1,j} = log sum_i exp(u_li + t_lij): (B, L + 1, R, k) in float64."""
+def segment_max(x: Tensor, ptr: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The maxima of segments of dimension 1, and the first entry of x that attains each."""
+    values, indices = [], []
+    entries = torch.arange(x.shape[1], device=x.device) if order is None else order
+    parts = zip(_split(x, ptr, order), entries.split(ptr.diff().tolist()), strict=True)
+    for part, numbers in parts:
+        if part.shape[1] == 0:
+            values.append(x.new_full((x.shape[0], x.shape[2]), -math.inf))
+            indices.append(torch.full_like(values[-1], -1, dtype=torch.long))
+            continue
+        top = part.amax(1, keepdim=True)  # NaN where any term is
+        hit = torch.where(top.isnan(), part.isnan(), part == top)
+        values.append(top.squeeze(1))
+        first = torch.where(hit, numbers[:, None], x.shape[1]).amin(1)
+        indices.append(torch.where(values[-1] == -math.inf, -1, first))
+    if not values:
+        empty = x.new_empty(x.shape[0], 0, x.shape[2])
+        return empty, empty.long()
+    return torch.stack(values, 1), torch.stack(indices, 1)
+
+
+def log_scan(t: Tensor, init: Tensor, maximum: bool) -> Tensor:
+    """u_0 = init, u_{l+1,j} = log sum_i exp(u_li + t_lij): (B, L + 1, R, k) in float64.
+
+    With ``maximum`` u_{l+1,j} = max_i (u_li + t_lij).
+    """
     states = [init.double()]
     for step in t.double().unbind(1):  # (B, k, k)
-        states.append(log_matmul(states[-1], step, True))
+        u = states[-1]
+        states.append(max_matmul(u, step)[0] if maximum else log_matmul(u, step, True))
     return torch.stack(states, 1)
 
 
-def log_scan_backward(grad: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+def _max_matmul_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of an output goes to the two entries of the index."""
+    index = max_matmul(a, b)[1]  # (B, M, N)
+    hit = index[:, :, None] == torch.arange(a.shape[2], device=a.device)[:, None]
+    weighted = torch.where(hit, grad[:, :, None], 0.0)  # (B, M, K, N)
+    return weighted.sum(3), weighted.sum(1)
+
+
+def log_scan_backward(
+    grad: Tensor, t: Tensor, states: Tensor, maximum: bool
+) -> tuple[Tensor, Tensor]:
     """The gradients of t (B, L, k, k) and init (B, R, k) given those of all states."""
     wide, states, grad = t.double(), states.double(), grad.double()
     g = grad[:, -1]
     steps: list[Tensor] = []
     for i in range(t.shape[1] - 1, -1, -1):
-        before, step = log_matmul_backward(g, states[:, i], wide[:, i], True, True, True)
+        if maximum:
+            before, step = _max_matmul_backward(g, states[:, i], wide[:, i])
+        else:
+            before, step = log_matmul_backward(g, states[:, i], wide[:, i], True, True, True)
         steps.append(step)
         g = grad[:, i] + before
     dt = torch.stack(steps[::-1], 1) if steps else torch.zeros_like(wide)
     return dt.to(t.dtype), g.to(t.dtype)
+
+
+def log_scan_path(
+    t: Tensor, states: Tensor, final: Tensor, num_samples: int, seed: int, maximum: bool
+) -> Tensor:
+    """Walks back from the end: the best states, or draws from exp of all paths' weights.
+
+    t (B, L, k, k), states (B, L + 1, k), final (B, k) -> (S, B, L + 1), -1 without mass.
+    """
+    batch, length, k = t.shape[:3]
+    chain = torch.arange(batch, device=t.device)
+    number = torch.arange(k, device=t.device)
+    flat = torch.arange(num_samples * batch, device=t.device).view(num_samples, batch, 1)
+    path = [_place(states[:, length].double() + final.double(), seed, length, flat, maximum)]
+    for i in range(length - 1, -1, -1):
+        column = t[chain[:, None], i, number, path[-1].clamp_min(0)[..., None]]  # (S, B, k)
+        place = _place(states[:, i].double() + column.double(), seed, i, flat, maximum)
+        path.append(torch.where(path[-1] < 0, -1, place))
+    return torch.stack(path[::-1], 2)
+
+
+def _place(terms: Tensor, seed: int, step: int, flat: Tensor, maximum: bool) -> Tensor:
+    """argmax of the terms (..., B, k), or a draw by their exp for each of flat (S, B, 1)."""
+    k = terms.shape[-1]
+    if k == 0:
+        return torch.full_like(flat[..., 0], -1)
+    if maximum:
+        scores = torch.where(terms.isnan(), math.inf, terms)
+        first_nan = terms.isnan().any(-1, keepdim=True)
+        scores = torch.where(first_nan & ~terms.isnan(), -math.inf, scores)
+    else:
+        number = torch.arange(k, device=terms.device)
+        zero, at = torch.zeros_like(number), torch.full_like(number, step)
+        noise = _gumbel(_philox(seed, number, zero, at, flat))  # (S, B, k)
+        scores = torch.where(terms > -math.inf, terms + noise, -math.inf)
+    best = scores.amax(-1, keepdim=True)
+    index = (scores == best).to(torch.uint8).argmax(-1)  # the first one
+    return torch.where(best[..., 0] == -math.inf, -1, index).expand(flat.shape[:-1])

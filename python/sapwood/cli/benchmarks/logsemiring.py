@@ -21,7 +21,9 @@ PROVIDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sample_matmul": ("broadcast", ("broadcast", "sapwood")),
     "segment_logsumexp": ("scatter", ("scatter", "sapwood")),
     "segment_logsumexp_grad_grad": ("scatter", ("scatter", "sapwood")),
+    "segment_max": ("scatter", ("scatter", "sapwood")),
     "log_scan": ("loop", ("loop", "sapwood")),
+    "log_scan_argmax": ("loop", ("loop", "sapwood")),
 }
 
 
@@ -99,7 +101,9 @@ def cases(*, quick: bool, device: str = "cpu", dtype: str = "float32") -> Iterat
     yield LogsemiringCase("sample_matmul", 1, 16, 16, 16, dtype, device)
     yield LogsemiringCase("segment_logsumexp", 1, 20_000, 1, 300, dtype, device)
     yield LogsemiringCase("segment_logsumexp_grad_grad", 1, 20_000, 1, 300, dtype, device)
+    yield LogsemiringCase("segment_max", 1, 20_000, 1, 300, dtype, device)
     yield LogsemiringCase("log_scan", 32, 64, 2, 2, dtype, device)
+    yield LogsemiringCase("log_scan_argmax", 32, 64, 8, 8, dtype, device)
 
 
 def _forward(case: LogsemiringCase, provider: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -203,12 +207,50 @@ def _segments(case: LogsemiringCase, provider: str) -> Call:
     return second if case.op == "segment_logsumexp_grad_grad" else step
 
 
-def _chain(case: LogsemiringCase, provider: str) -> Call:
-    """A chain of m matrices k x k per batch entry, forward and gradient."""
+def _segment_maxima(case: LogsemiringCase, provider: str) -> Call:
+    """m entries in n segments: the largest of each."""
+    x = case.operands()[0].flatten()[: case.m].clone()
+    index = torch.arange(case.m, device=case.device) * 7919 % case.n
+    plan = sapwood.ops.SegmentPlan(index, case.n)
+    if provider == "sapwood":
+        return lambda: sapwood.ops.segment_max(x, plan=plan).values
+    empty = x.new_full((case.n,), -torch.inf)
+    return lambda: empty.scatter_reduce(0, index, x, "amax")
+
+
+def _chain_operands(case: LogsemiringCase) -> tuple[Tensor, Tensor]:
+    """A chain of m matrices k x k per batch entry, and its start."""
     generator = torch.Generator().manual_seed(1)
     t = torch.randn(case.batch, case.m, case.k, case.k, generator=generator)
-    t = t.to(case.device, getattr(torch, case.dtype)).requires_grad_()
-    init = t.new_zeros(case.batch, case.k)
+    t = t.to(case.device, getattr(torch, case.dtype))
+    return t, t.new_zeros(case.batch, case.k)
+
+
+def _best_path(case: LogsemiringCase, provider: str) -> Call:
+    """The Viterbi path of each chain."""
+    t, init = _chain_operands(case)
+    if provider == "sapwood":
+        return lambda: tuple(sapwood.ops.log_scan_argmax(t, init))
+
+    def loop() -> tuple[Tensor, Tensor]:
+        u, pointers = init, []
+        for step in t.unbind(1):
+            best = (u[:, :, None] + step).max(1)
+            u = best.values
+            pointers.append(best.indices)
+        value, state = u.max(1)
+        path = [state]
+        for pointer in reversed(pointers):
+            path.append(pointer.gather(1, path[-1][:, None])[:, 0])
+        return value, torch.stack(path[::-1], 1)
+
+    return loop
+
+
+def _chain(case: LogsemiringCase, provider: str) -> Call:
+    """The sum over all paths of each chain, forward and gradient."""
+    t, init = _chain_operands(case)
+    t.requires_grad_()
 
     def loop() -> Tensor:
         u = init
@@ -232,7 +274,9 @@ _BUILDERS: dict[str, Callable[[LogsemiringCase, str], Call]] = {
     "sample_matmul": _draws,
     "segment_logsumexp": _segments,
     "segment_logsumexp_grad_grad": _segments,
+    "segment_max": _segment_maxima,
     "log_scan": _chain,
+    "log_scan_argmax": _best_path,
 }
 
 __all__ = ["PROVIDERS", "LogsemiringCase", "cases"]

@@ -7,11 +7,19 @@ and exact sampling, segments, chains, and elementwise functions with derivatives
 from sapwood.ops.logsemiring._einsum import log_einsum
 from sapwood.ops.logsemiring._elementwise import log1mexp, log_normalize, logaddexp, logsumexp
 from sapwood.ops.logsemiring._matmul import MaxMatmul, log_matmul, max_matmul, sample_matmul
-from sapwood.ops.logsemiring._segment import SegmentPlan, segment_logsumexp
+from sapwood.ops.logsemiring._paths import BestPath, log_scan_argmax, log_scan_sample
+from sapwood.ops.logsemiring._segment import (
+    SegmentMax,
+    SegmentPlan,
+    segment_logsumexp,
+    segment_max,
+)
 from sapwood.ops.logsemiring._sequence import log_conv, log_scan
 
 __all__ = [
+    "BestPath",
     "MaxMatmul",
+    "SegmentMax",
     "SegmentPlan",
     "log1mexp",
     "log_conv",
@@ -19,9 +27,12 @@ __all__ = [
     "log_matmul",
     "log_normalize",
     "log_scan",
+    "log_scan_argmax",
+    "log_scan_sample",
     "logaddexp",
     "logsumexp",
     "max_matmul",
     "sample_matmul",
     "segment_logsumexp",
+    "segment_max",
 ]

@@ -76,13 +76,13 @@ class _Product(NamedTuple):
     def restore(self, result: Tensor) -> Tensor:  # (..., B, M, N)
         if not self.batch and self.rows and self.cols:
             return result.squeeze(-3)
-        lead = result.shape[:-3]
-        return result.reshape((*lead, *self.batch, *self.rows, *self.cols))
+        shape = (*result.shape[:-3], *self.batch, *self.rows, *self.cols)
+        return result if result.shape == shape else result.reshape(shape)
 
 
 def _product(op: str, a: Tensor, b: Tensor) -> _Product:
     a, b = floats(op, a=a, b=b)
-    if a.dim() == 2 == b.dim() and a.shape[1] == b.shape[0]:
+    if a.dim() == 2 == b.dim() and a.shape[1] == b.shape[0]:  # most calls
         return _Product(a.unsqueeze(0), b.unsqueeze(0), (), tuple(a.shape[:1]), tuple(b.shape[1:]))
     for name, value in (("a", a), ("b", b)):
         if value.dim() == 0:
@@ -93,17 +93,23 @@ def _product(op: str, a: Tensor, b: Tensor) -> _Product:
     k = a.shape[-1]
     if b.shape[-2] != k:
         _check.fail(ValueError, op, "b", f"have size(-2) == a.size(-1) == {k}", b.shape[-2])
-    try:
-        batch = tuple(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]))
-    except RuntimeError:
-        want = f"have a batch that broadcasts with a's {tuple(a.shape[:-2])}"
-        _check.fail(ValueError, op, "b", want, tuple(b.shape[:-2]))
+    batch = tuple(a.shape[:-2])
+    if b.shape[:-2] != batch:
+        batch = _common_batch(op, a, b)
     flat = [
         t if t.dim() == 3 and t.shape[:-2] == batch
         else t.expand(*batch, *t.shape[-2:]).reshape(math.prod(batch), *t.shape[-2:])
         for t in (a, b)
     ]  # fmt: skip
     return _Product(flat[0], flat[1], batch, tuple(rows), tuple(cols))
+
+
+def _common_batch(op: str, a: Tensor, b: Tensor) -> tuple[int, ...]:
+    try:
+        return tuple(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]))
+    except RuntimeError:
+        want = f"have a batch that broadcasts with a's {tuple(a.shape[:-2])}"
+        _check.fail(ValueError, op, "b", want, tuple(b.shape[:-2]))
 
 
 def _explain_log(a: Tensor, b: Tensor, *, method: str = "auto") -> _backend.Explanation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,13 +57,101 @@ def log_conv(a: Tensor, b: Tensor) -> Tensor:
     return product.squeeze(-2)
 
 
-def _explain(t: Tensor, *_: Any, **__: Any) -> _backend.Explanation:
-    return _backend.Explanation("log_scan", _backend.candidates(_BACKENDS, t))
+_METHODS = ("auto", "sequential", "parallel")
+_CHUNK = 32  # steps that the parallel form multiplies as one
+_LONG = 128  # steps below which it is never chosen
+_SIDE_BY_SIDE = 4  # states up to which chunks gain more than they cost on a CPU
+
+
+def _explain(t: Tensor, *_: Any, semiring: str = "log", **__: Any) -> _backend.Explanation:
+    candidates = _backend.candidates(_BACKENDS, t, t, semiring == "max")
+    return _backend.Explanation("log_scan", candidates)
+
+
+class Chain(NamedTuple):
+    """Checked arguments of an op over chains."""
+
+    t: Tensor  # (B, L, k, k)
+    init: Tensor  # (B, R, k)
+    batch: torch.Size
+
+    def states(self, op: str, maximum: bool) -> Tensor:  # (B, L + 1, R, k) float64
+        chosen = _backend.choose(op, _BACKENDS, self.t, self.init, maximum)
+        found: Tensor = chosen.run(self.t, self.init, maximum)
+        return found
+
+
+def checked(op: str, t: Tensor, init: Tensor | None, *, reverse: bool = False) -> Chain:
+    """The chain with one batch dimension; without ``init`` every state starts a row of its own."""
+    given = {"t": t} if init is None else {"t": t, "init": init}
+    t, *rest = floats(op, **given)
+    if t.dim() < 3 or t.shape[-1] != t.shape[-2]:
+        _check.fail(ValueError, op, "t", "have shape (..., L, k, k)", tuple(t.shape))
+    k, length = t.shape[-1], t.shape[-3]
+    batch = t.shape[:-3]
+    if rest:
+        last = rest[0]
+        if last.dim() == 0 or last.shape[-1] != k:
+            _check.fail(ValueError, op, "init", f"have a last dimension of {k}", tuple(last.shape))
+        if last.shape[:-1] != batch:
+            batch = torch.broadcast_shapes(batch, last.shape[:-1])
+        start = last.expand(*batch, k).reshape(batch.numel(), 1, k)
+    else:
+        identity = t.new_full((k, k), -math.inf).fill_diagonal_(0.0)
+        start = identity.expand(batch.numel(), k, k)
+    chain = t.flip(-3).mT if reverse else t
+    if len(batch) != 1 or chain.shape[:1] != batch:
+        chain = chain.expand(*batch, length, k, k).reshape(batch.numel(), length, k, k)
+    return Chain(chain, start, batch)
+
+
+def _worth_splitting(chain: Chain) -> bool:
+    """Whether a long chain leaves vector lanes or processors without work.
+
+    Chunks multiply the work by k / R; the processor walks eight chains side by side.
+    """
+    batch, length, k, _ = chain.t.shape
+    rows = chain.init.shape[1]
+    if length < _LONG or batch == 0 or rows == 0:
+        return False
+    if chain.t.device.type != "cpu":
+        processors = torch.cuda.get_device_properties(chain.t.device).multi_processor_count
+        return bool(batch * k < 8 * processors)
+    return batch < 8 and k <= _SIDE_BY_SIDE and batch * k < 8 * rows
+
+
+def _parallel(chain: Chain, op: str, maximum: bool, every: bool) -> Tensor:
+    """The states in chunks: products of chunks, a scan of those, then the steps within each.
+
+    Returns (B, L + 1, R, k), or without ``every`` the first and last state only.
+    """
+    batch, length, k, _ = chain.t.shape
+    rows = chain.init.shape[1]
+    whole = length // _CHUNK
+    cut = whole * _CHUNK
+    chunks = chain.t[:, :cut].reshape(batch * whole, _CHUNK, k, k)
+    identity = chunks.new_full((k, k), -math.inf).fill_diagonal_(0.0)
+    ones = identity.expand(batch * whole, k, k)
+    products = Chain(chunks, ones, chain.batch).states(op, maximum)[:, -1]  # float64
+    products = products.view(batch, whole, k, k)
+    starts = Chain(products, chain.init.double(), chain.batch).states(op, maximum)
+    rest = Chain(chain.t[:, cut:].double(), starts[:, -1], chain.batch).states(op, maximum)
+    if not every:
+        return torch.stack((starts[:, 0], rest[:, -1]), 1)
+    heads = starts[:, :-1].reshape(batch * whole, rows, k)
+    inside = Chain(chunks.double(), heads, chain.batch).states(op, maximum)[:, :-1]
+    return torch.cat((inside.reshape(batch, cut, rows, k), rest), 1)
 
 
 @_backend.explainable(_explain)
 def log_scan(
-    t: Tensor, init: Tensor | None = None, *, return_all: bool = False, reverse: bool = False
+    t: Tensor,
+    init: Tensor | None = None,
+    *,
+    return_all: bool = False,
+    reverse: bool = False,
+    semiring: str = "log",
+    method: str = "auto",
 ) -> Tensor:
     """Product of a chain of matrices in the log semiring, or all of its prefixes.
 
@@ -82,40 +170,36 @@ def log_scan(
             product of the matrices themselves.
         return_all: every prefix, in order, instead of the whole product.
         reverse: suffix products t[l] ... t[L - 1] instead of prefixes t[0] ... t[l].
+        semiring: "log", or "max" for the largest term instead of the sum; its gradient goes to the
+            first entries that attain the maximum.
+        method: "sequential" walks step by step; "parallel" multiplies chunks of 32 steps side by
+            side, which is more work and fewer steps in a row; "auto" takes it for few long chains.
 
     Returns:
         (..., k) with ``init``, else (..., k, k); with ``return_all`` (..., L, k) or (..., L, k, k).
         L = 0 gives ``init``, or the identity (0 on the diagonal, -inf off it).
 
     Raises:
-        ValueError: for matrices that are not square and an ``init`` of another size.
+        ValueError: for matrices that are not square, an ``init`` of another size, an unknown
+            ``semiring`` or ``method``.
         TypeError: for non-tensors and dtypes that are not floating point.
         RuntimeError: for tensors on different devices.
     """
     op = "log_scan"
-    given = {"t": t} if init is None else {"t": t, "init": init}
-    t, *rest = floats(op, **given)
-    if t.dim() < 3 or t.shape[-1] != t.shape[-2]:
-        _check.fail(ValueError, op, "t", "have shape (..., L, k, k)", tuple(t.shape))
-    k, length = t.shape[-1], t.shape[-3]
-    batch = t.shape[:-3]
-    if rest:
-        if rest[0].dim() == 0 or rest[0].shape[-1] != k:
-            _check.fail(ValueError, op, "init", f"have a last dimension of {k}", rest[0].shape)
-        batch = torch.broadcast_shapes(batch, rest[0].shape[:-1])
-        start = rest[0].expand(*batch, k).reshape(batch.numel(), 1, k)
+    _check.one_of(op, "semiring", semiring, ("log", "max"))
+    _check.one_of(op, "method", method, _METHODS)
+    chain = checked(op, t, init, reverse=reverse)
+    k, batch, maximum = chain.t.shape[-1], chain.batch, semiring == "max"
+    if method == "parallel" or (method == "auto" and _worth_splitting(chain)):
+        states = _parallel(chain, op, maximum, return_all)
     else:
-        identity = t.new_full((k, k), -math.inf).fill_diagonal_(0.0)
-        start = identity.expand(batch.numel(), k, k)
-    chain = t.flip(-3).mT if reverse else t
-    chain = chain.expand(*batch, length, k, k).reshape(batch.numel(), length, k, k)
-    run = _backend.choose(op, _BACKENDS, chain).run
-    states: Tensor = run(chain, start)  # (B, L + 1, R, k)
+        states = chain.states(op, maximum)
     states = states[:, 1:] if return_all else states[:, -1:]
     if reverse:
         states = states.flip(1)
-    states = states.to(t.dtype)
-    if rest:
-        return states.reshape(*batch, -1, k) if return_all else states.reshape(*batch, k)
+    states = states.to(chain.t.dtype)
+    length = (states.shape[1],) if return_all else ()
+    if init is not None:
+        return states.reshape(*batch, *length, k)
     states = states.mT if reverse else states
-    return states.reshape(*batch, -1, k, k) if return_all else states.reshape(*batch, k, k)
+    return states.reshape(*batch, *length, k, k)

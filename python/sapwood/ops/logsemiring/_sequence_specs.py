@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from sapwood._register import OpSpec, define_op, loop_over_batch
-from sapwood.ops.logsemiring._specs import FAMILY, _fold, _through, _unfold, _vmap_batched
+from sapwood.ops.logsemiring._specs import (
+    FAMILY,
+    _fold,
+    _through,
+    _unfold,
+    _vmap_batched,
+    _vmap_sample,
+)
 from sapwood.reference import logsemiring as reference
 
 # segments: x (O, n, I), ptr (S + 1,), order (n,) or None ------------------------------------------
@@ -123,34 +130,98 @@ segment_logsumexp = define_op(
     )
 )
 
+# segment_max -------------------------------------------------------------------------------------
+
+
+def _fake_maxima(x: Tensor, ptr: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    values = x.new_empty(x.shape[0], ptr.shape[0] - 1, x.shape[2])
+    return values, values.new_empty(values.shape, dtype=torch.long)
+
+
+def _setup_maxima(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.entries = inputs[0].shape[1]
+
+
+def _backward_maxima(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
+    """The gradient of a segment goes to the entry that attains its maximum."""
+    (index,) = ctx.saved_tensors
+    dx = grad.new_zeros(grad.shape[0], ctx.entries, grad.shape[2])
+    if ctx.entries > 0:
+        kept = torch.where(index < 0, 0.0, grad)
+        dx = dx.scatter_add(1, index.clamp_min(0), kept)
+    return dx, None, None
+
+
+def _vmap_maxima(
+    call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Any, Any]:
+    size = info.batch_size
+    if in_dims[1] is not None or in_dims[2] is not None or size == 0:
+        return loop_over_batch(call, info, in_dims, *args)  # type: ignore[no-any-return]
+    x, ptr, order = args
+    found = call(_fold(x, in_dims[0], size), ptr, order)
+    return tuple(_unfold(r, size) for r in found), (0, 0)
+
+
+segment_max = define_op(
+    OpSpec(
+        "segment_max",
+        FAMILY,
+        fake=_fake_maxima,
+        reference=reference.segment_max,
+        vmap=_vmap_maxima,
+        setup=_setup_maxima,
+        backward=_backward_maxima,
+    )
+)
+
 # log_scan: t (B, L, k, k), init (B, R, k), states (B, L + 1, R, k) --------------------------------
 
 
-def _fake_scan(t: Tensor, init: Tensor) -> Tensor:
+def _fake_scan(t: Tensor, init: Tensor, maximum: bool) -> Tensor:
     shape = (t.shape[0], t.shape[1] + 1, init.shape[1], t.shape[2])
     return t.new_empty(shape, dtype=torch.float64)
 
 
-def _setup_scan(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _setup_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0], output)
+    ctx.maximum = inputs[2]
 
 
 def backward_scan(
     ctx: Any, grad: Tensor, op: Callable[..., Any] | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, None]:
     """By ``op``, or by the op of the schema."""
     t, states = ctx.saved_tensors
-    dt, dinit = (op or log_scan_backward)(grad, t, states)
-    return dt, dinit
+    dt, dinit = (op or log_scan_backward)(grad, t, states, ctx.maximum)
+    return dt, dinit, None
 
 
-def _fake_scan_backward(grad: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_scan_backward(
+    grad: Tensor, t: Tensor, states: Tensor, maximum: bool
+) -> tuple[Tensor, Tensor]:
     rows, k = states.shape[2:]
     return t.new_empty(t.shape), t.new_empty(t.shape[0], rows, k)
 
 
-def _setup_scan_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_scan_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.maximum = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_scan_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def first(grad: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.log_scan_backward(grad, t, states, ctx.maximum)
+
+    return *_through(first)(ctx, *grads), None
+
+
+def _fake_path(
+    t: Tensor, states: Tensor, final: Tensor, num_samples: int, seed: int, maximum: bool
+) -> Tensor:
+    return t.new_empty(num_samples, t.shape[0], t.shape[1] + 1, dtype=torch.long)
 
 
 log_scan_backward = define_op(
@@ -161,7 +232,7 @@ log_scan_backward = define_op(
         reference=reference.log_scan_backward,
         vmap=_vmap_batched,
         setup=_setup_scan_backward,
-        backward=_through(reference.log_scan_backward),
+        backward=_backward_scan_backward,
     )
 )
 log_scan = define_op(
@@ -173,5 +244,14 @@ log_scan = define_op(
         vmap=_vmap_batched,
         setup=_setup_scan,
         backward=backward_scan,
+    )
+)
+log_scan_path = define_op(
+    OpSpec(
+        "log_scan_path",
+        FAMILY,
+        fake=_fake_path,
+        reference=reference.log_scan_path,
+        vmap=_vmap_sample,
     )
 )

@@ -25,9 +25,11 @@ def why_not(x: Tensor, *_: Any) -> str | None:
     return reason
 
 
-def why_not_chain(t: Tensor, *_: Any) -> str | None:
+def why_not_chain(t: Tensor, init: Tensor, maximum: bool) -> str | None:
     """Why Triton cannot walk the chain t (B, L, k, k); None when it can."""
     reason = why_not(t)
+    if reason is None and maximum:
+        return "takes the log semiring, not max"
     if reason is None and t.shape[-1] > _kernels.logsemiring.LARGEST_CHAIN:
         reason = f"takes up to {_kernels.logsemiring.LARGEST_CHAIN} states, not {t.shape[-1]}"
     return reason
@@ -70,13 +72,15 @@ def segment_logsumexp_backward(
     return dx
 
 
-def log_scan(*args: Any) -> Tensor:
-    states: Tensor = _kernels.logsemiring.log_scan(*args)
+def log_scan(t: Tensor, init: Tensor, maximum: bool) -> Tensor:
+    states: Tensor = _kernels.logsemiring.log_scan(t, init)
     return states
 
 
-def log_scan_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor] = _kernels.logsemiring.log_scan_backward(*args)
+def log_scan_backward(
+    grad: Tensor, t: Tensor, states: Tensor, maximum: bool
+) -> tuple[Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor] = _kernels.logsemiring.log_scan_backward(grad, t, states)
     return gradients
 
 
