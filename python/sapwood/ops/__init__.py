@@ -36,6 +36,12 @@ from sapwood.ops.similarity import (
     similarity_pairs,
     similarity_topk,
 )
+from sapwood.ops.splat2d import (
+    Splat2dGradients,
+    splat2d,
+    splat2d_backward,
+    splat2d_pairs,
+)
 
 __all__ = [
     "CKAAccumulator",
@@ -45,6 +51,7 @@ __all__ = [
     "PackedWeight",
     "Pairs",
     "SegmentPlan",
+    "Splat2dGradients",
     "calibrate",
     "explain",
     "kernel_cka",
@@ -68,5 +75,8 @@ __all__ = [
     "similarity_matrix",
     "similarity_pairs",
     "similarity_topk",
+    "splat2d",
+    "splat2d_backward",
+    "splat2d_pairs",
     "unpack",
 ]

@@ -1,0 +1,97 @@
+// A Gaussian as the kernels of CPU and GPU read it, and where it can be seen. Solved in double once
+// per Gaussian. No torch header here.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define SAPWOOD_BOTH __host__ __device__
+#else
+#define SAPWOOD_BOTH
+#endif
+
+namespace sapwood::splat2d {
+
+inline constexpr double kScale = 0.84932180028801904272;  // sqrt(log2(e) / 2)
+
+// The cut, as a bound of the scaled u^2 + v^2.
+struct Cut {
+  double q;      // cutoff as it was given
+  double limit;  // of q, where a weight is still a normal number: beyond it is taken as 0
+};
+
+template <class T>
+SAPWOOD_BOTH inline Cut cut_of(double cutoff) {
+  const double visible = 2 * 0.69314718055994530942 * (sizeof(T) == 8 ? 1022 : 126);
+  return {cutoff, cutoff < visible ? cutoff : visible};
+}
+
+template <class T>
+struct Gaussian {
+  T mx, my;
+  T per_x, per_y;  // scaled 1 / l1 and 1 / l3
+  T skew;          // l2 / l3
+  T limit;         // of the scaled u^2 + v^2
+  // The columns of a row with e = dy per_y: mx + stretch (skew e +- sqrt(reach - e^2)) +- margin.
+  T reach, stretch, margin;
+  bool everywhere;      // the formula above is out of range: every column may be reached
+  int32_t top, bottom;  // rows [top, bottom) of the image; none: nothing is drawn
+};
+
+template <class T>
+SAPWOOD_BOTH inline T saturated(double x) {
+  const double most = static_cast<double>(std::numeric_limits<T>::max());
+  return static_cast<T>(x > most ? most : x < -most ? -most : x);
+}
+
+SAPWOOD_BOTH inline bool is_number(double x) {
+  return x - x == 0;
+}
+
+// Whether anything is drawn at all: position and shape finite, l1 and l3 positive.
+SAPWOOD_BOTH inline bool is_drawn(double mx, double my, double l1, double l2, double l3) {
+  return is_number(mx) && is_number(my) && is_number(l2) && is_number(l1) && is_number(l3) &&
+         l1 > 0 && l3 > 0;
+}
+
+SAPWOOD_BOTH inline int32_t clamped_row(double x, double height) {
+  return static_cast<int32_t>(x > 0 ? (x < height ? x : height) : 0.0);
+}
+
+// Widened by a pixel and by what rounding in T can cost: the test q <= limit decides.
+template <class T>
+SAPWOOD_BOTH inline Gaussian<T> prepare(const T* mu, const T* chol, int64_t height, int64_t width,
+                                        double limit) {
+  const double mx = static_cast<double>(mu[0]), my = static_cast<double>(mu[1]);
+  const double l1 = static_cast<double>(chol[0]), l2 = static_cast<double>(chol[1]);
+  const double l3 = static_cast<double>(chol[2]);
+  const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
+  Gaussian<T> g{};
+  g.mx = mu[0];
+  g.my = mu[1];
+  if (!is_drawn(mx, my, l1, l2, l3)) return g;
+  const double k = l2 / l3, stretch = 1 + k * k, radius = sqrt(limit);
+  g.per_x = saturated<T>(kScale / l1);
+  g.per_y = saturated<T>(kScale / l3);
+  g.skew = saturated<T>(k);
+  g.limit = static_cast<T>(limit * kScale * kScale);
+  const double reach = stretch * limit * kScale * kScale * (1 + 16 * eps);
+  const double margin = 1 + 8 * eps * (fabs(mx) + l1 * radius * (1 + fabs(k)));
+  g.reach = saturated<T>(reach);
+  g.stretch = saturated<T>(l1 / kScale / stretch);
+  g.margin = saturated<T>(margin);
+  const double most = static_cast<double>(std::numeric_limits<T>::max()) / 4;
+  g.everywhere = !(reach < most && margin < most && fabs(k) < most);
+  const double rise = radius * sqrt(l2 * l2 + l3 * l3) + 1 + 8 * eps * fabs(my);
+  const double side = radius * l1 + margin;
+  const double h = static_cast<double>(height), w = static_cast<double>(width);
+  if (mx + side < 0 || mx - side > w - 1) return g;
+  g.top = clamped_row(ceil(my - rise), h);
+  g.bottom = clamped_row(floor(my + rise) + 1, h);
+  return g;
+}
+
+}  // namespace sapwood::splat2d
