@@ -2,12 +2,14 @@
 
 from sapwood.nn.convert import LayerReport, to_dense, to_sparse
 from sapwood.nn.masked_matmul import MaskedConv2d, MaskedLinear, SparseLinear
+from sapwood.nn.splat2d import Splat2d
 
 __all__ = [
     "LayerReport",
     "MaskedConv2d",
     "MaskedLinear",
     "SparseLinear",
+    "Splat2d",
     "to_dense",
     "to_sparse",
 ]
