@@ -56,7 +56,7 @@ Tensor splat2d(const Tensor& mu_in, const Tensor& chol_in, const Tensor& feat_in
       torch::stable::new_empty(mu, {mu.size(0), feat.size(2), height, width}, type);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    Scene<T> scene(mu, chol, counts, height, width, cut_of<T>(cutoff).limit);
+    Scene<T> scene(mu, chol, counts, height, width, Cut::of<T>(cutoff));
     draw_bands(scene, data<T>(feat), feat.size(2), mutable_data<T>(image));
   });
   return in_type(image, mu_in.scalar_type());
@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat2d_backward(
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
     const int64_t height = grad.size(2), width = grad.size(3), pitch = padded(width);
-    Scene<T> scene(mu, chol, counts, height, width, cut_of<T>(cutoff).limit);
+    Scene<T> scene(mu, chol, counts, height, width, Cut::of<T>(cutoff));
     Scratch<T> rows(batch * height * channels * pitch);
     std::atomic<bool> finite{true};
     copy_in(grad, rows.get(), pitch, finite);
@@ -155,7 +155,7 @@ Tensor splat2d_pairs(const Tensor& mu_in, const Tensor& chol_in,
   const Tensor total = torch::stable::new_empty(mu, {mu.size(0)}, ScalarType::Long);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    Scene<T> scene(mu, chol, counts, height, width, cutoff);
+    Scene<T> scene(mu, chol, counts, height, width, Cut::exactly(cutoff));
     int64_t* to = mutable_data<int64_t>(total);
     parallel_range(scene.batch, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {

@@ -51,7 +51,7 @@ template <class T>
 class Scene {
  public:
   Scene(const Tensor& mu, const Tensor& chol, const std::optional<Tensor>& counts, int64_t height,
-        int64_t width, double limit)
+        int64_t width, const Cut& cut)
       : batch(mu.size(0)),
         n(mu.size(1)),
         height(height),
@@ -60,11 +60,14 @@ class Scene {
         exists_(existing(counts, batch, n)) {
     const T *centres = data<T>(mu), *shapes = data<T>(chol);
     Gaussian<T>* to = gaussians_.get();
-    parallel_range(batch * n, 1024, [&](int64_t begin, int64_t end) {
+    constexpr int64_t block = 1024;  // of the Gaussians of one item
+    const int64_t blocks = (n + block - 1) / block;
+    parallel_range(batch * blocks, 1 + block / (n + 1), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        to[i] = i % n < exists_[static_cast<size_t>(i / n)]
-                    ? prepare(centres + 2 * i, shapes + 3 * i, height, width, limit)
-                    : Gaussian<T>{};
+        const int64_t b = i / blocks, from = i % blocks * block;
+        SAPWOOD_ISA_CALL(prepare_all(centres + 2 * b * n, shapes + 3 * b * n, from,
+                                     std::min(n, from + block), exists_[static_cast<size_t>(b)],
+                                     height, width, cut, to + b * n));
       }
     });
   }

@@ -37,6 +37,7 @@ SAPWOOD_TARGET SAPWOOD_INLINE void add_block(const Gaussian<T>& g, const T* feat
                                              Moments<T>& moments,
                                              typename Lanes<T>::type* __restrict slopes) {
   using V = typename Lanes<T>::type;
+  const T limit = g.limit;
   V x;
   columns_from<T>(at, x);
   const V u = (x - g.mx) * g.per_x, uu = u * u, ku = g.skew * u;
@@ -47,16 +48,16 @@ SAPWOOD_TARGET SAPWOOD_INLINE void add_block(const Gaussian<T>& g, const T* feat
     const V v = rows.e[r] - ku, q = v * v + uu;
     V w;
     exp2_of_minus<T>(w, q);
-    w = q <= g.limit ? w : V{};
+    w = q <= limit ? w : V{};
     V dot{};
     for (int64_t c = 0; c < channels; ++c) {
       V grad;
       load<T>(grad, from + c * pitch);
-      if constexpr (!finite) grad = q <= g.limit ? grad : V{};
+      if constexpr (!finite) grad = q <= limit ? grad : V{};
       dot += grad * feat[c];
       slopes[c] += w * grad;
     }
-    if constexpr (!finite) dot = q <= g.limit ? dot : V{};
+    if constexpr (!finite) dot = q <= limit ? dot : V{};
     const V s = w * dot, sv = s * v;
     s_sum += s;
     sv_sum += sv;

@@ -4,11 +4,14 @@ namespace sapwood::splat2d::SAPWOOD_ISA {
 // Adds one Gaussian; C channels, 0: as many as the band has. Where a feature is not finite, pixels
 // outside the cut must not see it.
 template <int C, bool finite, class T>
-SAPWOOD_TARGET void draw(const Gaussian<T>& g, const T* feat, const Band<T>& band) {
+SAPWOOD_TARGET SAPWOOD_INLINE void draw(const Gaussian<T>& g, const T* feat, const Band<T>& band) {
   using V = typename Lanes<T>::type;
   constexpr int L = Lanes<T>::count;
-  const int64_t channels = C > 0 ? C : band.channels;
-  const int64_t row_step = channels * band.pitch;
+  // Copies: what is written may alias everything.
+  const int64_t channels = C > 0 ? C : band.channels, pitch = band.pitch;
+  const int64_t row_step = channels * pitch;
+  const T mx = g.mx, per_x = g.per_x, skew = g.skew, limit = g.limit;
+  T* const pixels = band.pixels;
   Rows<T> rows;
   solve_rows(g, band.first, static_cast<int>(band.rows), rows);
   int64_t first, last;
@@ -20,20 +23,20 @@ SAPWOOD_TARGET void draw(const Gaussian<T>& g, const T* feat, const Band<T>& ban
     if (reached == 0) continue;
     V x;
     columns_from<T>(at, x);
-    const V u = (x - g.mx) * g.per_x, uu = u * u, ku = g.skew * u;
+    const V u = (x - mx) * per_x, uu = u * u, ku = skew * u;
     const int begin = __builtin_ctz(reached), end = 32 - __builtin_clz(reached);
-    T* to = band.pixels + begin * row_step + at;
+    T* to = pixels + begin * row_step + at;
     for (int r = begin; r < end; ++r, to += row_step) {
       const V v = rows.e[r] - ku, q = v * v + uu;
       V w;
       exp2_of_minus<T>(w, q);
-      w = q <= g.limit ? w : V{};
+      w = q <= limit ? w : V{};
       for (int64_t c = 0; c < channels; ++c) {
         V sum;
-        load<T>(sum, to + c * band.pitch);
+        load<T>(sum, to + c * pitch);
         const V more = w * (C > 0 ? f[C > 0 ? c : 0] : feat[c]);
-        sum += finite ? more : q <= g.limit ? more : V{};
-        store<T>(to + c * band.pitch, sum);
+        sum += finite ? more : q <= limit ? more : V{};
+        store<T>(to + c * pitch, sum);
       }
     }
   }

@@ -2,15 +2,12 @@
 // set.
 namespace sapwood::splat2d::SAPWOOD_ISA {
 
-// Half of an AVX-512 register: spans are short, and half a vector wastes fewer lanes.
-inline constexpr int kVectorBytes = SAPWOOD_VECTOR_BYTES < 32 ? SAPWOOD_VECTOR_BYTES : 32;
-
 template <class T>
 struct Lanes {
-  static constexpr int count = kVectorBytes / static_cast<int>(sizeof(T));
-  typedef T type __attribute__((vector_size(kVectorBytes)));
+  static constexpr int count = SAPWOOD_VECTOR_BYTES / static_cast<int>(sizeof(T));
+  typedef T type __attribute__((vector_size(SAPWOOD_VECTOR_BYTES)));
   using bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  typedef bits bits_type __attribute__((vector_size(kVectorBytes)));
+  typedef bits bits_type __attribute__((vector_size(SAPWOOD_VECTOR_BYTES)));
   static_assert(count <= kPad);
 };
 
@@ -76,11 +73,11 @@ SAPWOOD_TARGET SAPWOOD_INLINE void exp2_of_minus(typename Lanes<T>::type& w,
 #if SAPWOOD_IS_AVX512
   if constexpr (sizeof(T) == 4) {
     const V y = -x;
-    const V f = (V)_mm256_reduce_ps((__m256)y, 1);  // y - floor(y)
+    const V f = (V)_mm512_reduce_ps((__m512)y, 1);  // y - floor(y)
     V p = V{} + E::c[E::degree];
 #pragma GCC unroll 16
     for (int i = E::degree - 1; i >= 0; --i) p = p * f + E::c[i];
-    w = (V)_mm256_scalef_ps((__m256)p, (__m256)y);  // p 2^floor(y)
+    w = (V)_mm512_scalef_ps((__m512)p, (__m512)y);  // p 2^floor(y)
     return;
   }
 #endif
@@ -97,6 +94,17 @@ SAPWOOD_TARGET SAPWOOD_INLINE void exp2_of_minus(typename Lanes<T>::type& w,
   V scale;
   __builtin_memcpy(&scale, &bits, sizeof scale);
   w = p * scale;
+}
+
+// Prepares `exists` of n Gaussians; the others are not drawn.
+template <class T>
+SAPWOOD_TARGET void prepare_all(const T* mu, const T* chol, int64_t begin, int64_t end,
+                                int64_t exists, int64_t height, int64_t width, const Cut& cut,
+                                Gaussian<T>* to) {
+  for (int64_t i = begin; i < std::min(end, exists); ++i) {
+    to[i] = prepare(mu + 2 * i, chol + 3 * i, height, width, cut);
+  }
+  for (int64_t i = std::max(begin, exists); i < end; ++i) to[i] = Gaussian<T>{};
 }
 
 // The columns [low, high] that each row of a group can reach, and its e.
@@ -121,18 +129,25 @@ SAPWOOD_TARGET SAPWOOD_INLINE void solve_rows(const Gaussian<T>& g, int64_t firs
     rows.low[r] = reached ? middle - half : far;
     rows.high[r] = reached ? middle + half : -far;
   }
-  rows.least = far;
-  rows.most = -far;
   if (g.everywhere) {
     for (int r = 0; r < kBand; ++r) {
       rows.low[r] = r < count ? -far : far;
       rows.high[r] = r < count ? far : -far;
     }
   }
-  for (int r = 0; r < kBand; ++r) {
-    rows.least = rows.low[r] < rows.least ? rows.low[r] : rows.least;
-    rows.most = rows.high[r] > rows.most ? rows.high[r] : rows.most;
+  T low[kBand / 2], high[kBand / 2];
+  for (int r = 0; r < kBand / 2; ++r) {
+    low[r] = rows.low[r] < rows.low[r + kBand / 2] ? rows.low[r] : rows.low[r + kBand / 2];
+    high[r] = rows.high[r] > rows.high[r + kBand / 2] ? rows.high[r] : rows.high[r + kBand / 2];
   }
+  for (int h = kBand / 4; h > 0; h /= 2) {
+    for (int r = 0; r < h; ++r) {
+      low[r] = low[r] < low[r + h] ? low[r] : low[r + h];
+      high[r] = high[r] > high[r + h] ? high[r] : high[r + h];
+    }
+  }
+  rows.least = low[0];
+  rows.most = high[0];
 }
 
 // Bit r: row r reaches the columns [from, to].
