@@ -104,7 +104,7 @@ def test_commands_exist() -> None:
     from sapwood.cli import COMMANDS
 
     page = (ROOT / "docs" / "cli.md").read_text()
-    assert set(re.findall(r"^`sapwood (\w+)`$", page, re.MULTILINE)) == set(COMMANDS)
+    assert set(re.findall(r"^`sapwood ([\w-]+)`$", page, re.MULTILINE)) == set(COMMANDS)
 
 
 def public_modules() -> list[ModuleType]:

@@ -1,8 +1,8 @@
 """The ``sapwood`` command: one module per command, found through the list ``COMMANDS``.
 
-A command module holds a function named after the command, or a ``typer.Typer`` named ``app`` for
-a group of commands; ``EPILOG``, if there is one, stands below the options. It imports torch and
-the methods inside its functions, so that help is quick.
+A command module holds a function named after the command (``-`` becomes ``_``), or a
+``typer.Typer`` named ``app`` for a group of commands; ``EPILOG``, if there is one, stands below the
+options. It imports torch and the methods inside its functions, so that help is quick.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-COMMANDS = ("tour", "prune", "compare", "mask", "bench", "info")
+COMMANDS = ("tour", "prune", "compare", "mask", "fit-image", "bench", "info")
 
 
 def build_app() -> typer.Typer:
@@ -25,12 +25,13 @@ def build_app() -> typer.Typer:
         pretty_exceptions_show_locals=False,
     )
     for name in COMMANDS:
-        module = importlib.import_module(f"sapwood.cli.{name}")
+        attribute = name.replace("-", "_")
+        module = importlib.import_module(f"sapwood.cli.{attribute}")
         group = getattr(module, "app", None)
         if isinstance(group, typer.Typer):
             app.add_typer(group, name=name)
         else:
-            app.command(name, epilog=getattr(module, "EPILOG", None))(getattr(module, name))
+            app.command(name, epilog=getattr(module, "EPILOG", None))(getattr(module, attribute))
     return app
 
 

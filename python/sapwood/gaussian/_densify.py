@@ -1,4 +1,4 @@
-"""Ways to grow from half of the Gaussians to all of them while the image is being fitted."""
+"""Ways to grow from some of the Gaussians to all of them while the image is being fitted."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch import Tensor
 from sapwood.gaussian import _place
 from sapwood.gaussian._parameters import Parameters
 from sapwood.nn.splat2d import initial_sigma
+
+_LARGE = 1.0  # pixels: standard deviation above which a Gaussian is split, below it is cloned
+_SPLIT, _CLONE = 0.8, 0.25  # offset of the children, in standard deviations
 
 
 class Densifier(Protocol):
@@ -29,7 +32,7 @@ class Densifier(Protocol):
     def observe(self, statistics: Tensor) -> None:
         """Takes the sums of |dL/dmu| over pixels, (B, N, 2)."""
 
-    def change(self, parameters: Parameters, render: Tensor, images: Tensor) -> None:
+    def change(self, step: int, parameters: Parameters, render: Tensor, images: Tensor) -> None:
         """Adds, splits or removes Gaussians; render and images are (B, C, H, W)."""
 
 
@@ -51,31 +54,35 @@ class Fixed:
     def observe(self, statistics: Tensor) -> None:
         """Nothing to see."""
 
-    def change(self, parameters: Parameters, render: Tensor, images: Tensor) -> None:
+    def change(self, step: int, parameters: Parameters, render: Tensor, images: Tensor) -> None:
         """Nothing to do."""
 
 
 class ByError:
-    """Adds Gaussians where the error is large, four times; ends with exactly the target.
+    """Adds Gaussians where the squared error is large, four times; ends with exactly the target.
 
-    Adding by error is in the public code of Image-GS; schedule and sizes are ours.
+    Adding by error is in the public code of Image-GS; the square, schedule and sizes are ours.
     """
 
-    _START, _ROUNDS = 0.5, (0.15, 0.25, 0.35, 0.45)
-    _SIZE = 0.7  # of the first Gaussians' size
+    _START, _ROUNDS = 0.3, (0.15, 0.25, 0.35, 0.45)
+    _SIZE = 0.45  # of what would cover the image
 
     def __init__(
         self, target: int, steps: int, mode: str, generators: list[torch.Generator]
     ) -> None:
         self._target, self._mode, self._generators = target, mode, generators
-        self._rounds = [int(share * steps) for share in self._ROUNDS]
-        self._done = 0
+        rest, rounds = target - self.first_count(), len(self._ROUNDS)
+        #: Step -> number of Gaussians from there on; rounds of short runs coincide.
+        self._counts = {
+            int(share * steps): self.first_count() + rest * (index + 1) // rounds
+            for index, share in enumerate(self._ROUNDS)
+        }
 
     def first_count(self) -> int:
         return max(1, math.ceil(self._START * self._target))
 
     def due(self, step: int) -> bool:
-        return self._done < len(self._rounds) and step >= self._rounds[self._done]
+        return step in self._counts
 
     def wants_statistics(self, step: int) -> bool:
         return False
@@ -83,17 +90,15 @@ class ByError:
     def observe(self, statistics: Tensor) -> None:
         """Nothing to see."""
 
-    def change(self, parameters: Parameters, render: Tensor, images: Tensor) -> None:
-        self._done += 1
-        start = self.first_count()
-        count = start + (self._target - start) * self._done // len(self._rounds)
+    def change(self, step: int, parameters: Parameters, render: Tensor, images: Tensor) -> None:
         sigma = self._SIZE * initial_sigma((images.shape[2], images.shape[3]), self._target)
         for item, generator in enumerate(self._generators):
-            missing = count - parameters.counts[item]
+            missing = self._counts[step] - parameters.counts[item]
             residual = images[item] - render[item]  # (C, H, W)
-            mu = _place.sample(residual.abs().mean(0), missing, generator)
-            wanted = images[item] if self._mode == "norm" else residual
-            feat = _place.first_colour(self._mode) * _place.colours_at(wanted, mu)
+            mu = _place.sample(residual.square().mean(0), missing, generator)
+            # in a mean a new colour replaces what is there, in a sum it is added
+            below = render[item] if self._mode == "norm" else torch.zeros_like(residual)
+            feat = _place.colours_at(below + _place.FIRST_COLOUR * residual, mu)
             parameters.append(item, [mu, _place.round_shapes(mu, sigma), feat])
 
 
@@ -104,7 +109,7 @@ class BySplitting:
     absolute pixel gradients instead of the norm of their sum (arXiv:2404.10484); numbers are ours.
     """
 
-    _START, _SHARE, _END = 0.5, 0.1, 0.7
+    _START, _SHARE, _END = 0.7, 0.1, 0.7
     _LONGEST, _PARTS = 100, 15  # steps between rounds: at most, and rounds per run
     _FAINT = 1 / 255  # brightness times area, in pixels
 
@@ -126,17 +131,14 @@ class BySplitting:
     def observe(self, statistics: Tensor) -> None:
         self._sum = statistics.clone() if self._sum is None else self._sum.add_(statistics)
 
-    def change(self, parameters: Parameters, render: Tensor, images: Tensor) -> None:
+    def change(self, step: int, parameters: Parameters, render: Tensor, images: Tensor) -> None:
         if self._sum is None:
             return
-        size = (images.shape[2], images.shape[3])
         for item in range(len(images)):
-            self._change(parameters, item, self._sum[item].norm(dim=-1), size)
+            self._change(parameters, item, self._sum[item].norm(dim=-1))
         self._sum = None
 
-    def _change(
-        self, parameters: Parameters, item: int, pull: Tensor, size: tuple[int, int]
-    ) -> None:
+    def _change(self, parameters: Parameters, item: int, pull: Tensor) -> None:
         n = parameters.counts[item]
         pull = pull[:n]
         if self._mode == "sum":  # in a mean, dark Gaussians are as visible as bright ones
@@ -149,14 +151,18 @@ class BySplitting:
         count = min(math.ceil(self._SHARE * n), self._target - n)
         if count > 0:
             parents = pull.topk(min(count, n)).indices
-            limit = 2 * math.sqrt(size[0] * size[1] / n)
-            first, second = divide(parameters.values.rows(item, parents), limit, self._mode)
+            first, second = divide(parameters.values.rows(item, parents), _LARGE, self._mode)
             moments = parameters.replace(item, parents, first)
             parameters.append(item, second, moments)
 
 
 def divide(parents: list[Tensor], limit: float, mode: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Two Gaussians out of each: large ones shrink and part, small ones part alone.
+    """Two Gaussians out of each: large ones part and shrink, small ones part a little.
+
+    Along the long axis the children of a large one lie at +-0.8 standard deviations and are
+    0.6 times as long, so that together they have the mean and the covariance of the parent;
+    in a sum their colours are such that its integral stays, too. A small one is cloned: +-0.25
+    standard deviations, the shape unchanged, in a sum half of the colour each.
 
     Args:
         parents: mu (n, 2), chol (n, 3), feat (n, C).
@@ -168,11 +174,27 @@ def divide(parents: list[Tensor], limit: float, mode: str) -> tuple[list[Tensor]
     """
     mu, chol, feat = parents
     sigma, axis = long_axis(chol)  # (n,), (n, 2)
-    large = (sigma > limit)[:, None]
-    offset = torch.where(large, 0.5, 0.25) * sigma[:, None] * axis
-    shape = torch.where(large, chol / 1.6, chol)
-    colour = feat / 2 if mode == "sum" else feat
+    large = (sigma > limit)[:, None]  # (n, 1)
+    offset = torch.where(large, _SPLIT, _CLONE) * sigma[:, None] * axis
+    shrink = torch.where(large, math.sqrt(1 - _SPLIT**2), 1.0).to(chol.dtype)
+    shape = shortened(chol, axis, shrink)
+    colour = feat / (2 * shrink) if mode == "sum" else feat
     return [mu + offset, shape, colour], [mu - offset, shape.clone(), colour.clone()]
+
+
+def shortened(chol: Tensor, axis: Tensor, factor: Tensor) -> Tensor:
+    """Shapes (n, 3) with their extent along axes (n, 2) multiplied by factors (n, 1)."""
+    l1, l2, l3 = chol.double().unbind(-1)
+    axis, factor = axis.double(), factor.double().squeeze(-1)
+    zero = torch.zeros_like(l1)
+    columns = torch.stack([torch.stack([l1, l2], -1), torch.stack([zero, l3], -1)], -1)  # L
+    along = (axis[:, None] @ columns).squeeze(1)  # (n, 2)
+    top, bottom = (columns + ((factor - 1)[:, None] * axis)[..., None] * along[:, None]).unbind(1)
+    first = top.norm(dim=-1)
+    # the determinant of the new factor is that of the old times what the axis shrinks by
+    return torch.stack([first, (top * bottom).sum(-1) / first, factor * l1 * l3 / first], -1).to(
+        chol.dtype
+    )
 
 
 def long_axis(chol: Tensor) -> tuple[Tensor, Tensor]:

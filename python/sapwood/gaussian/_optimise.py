@@ -46,7 +46,7 @@ class Optimiser:
     def densify(self, step: int) -> None:
         """Adds or splits Gaussians where this step calls for it."""
         if self._densifier.due(step):
-            self._densifier.change(self.parameters, self.draw(), self.images)
+            self._densifier.change(step, self.parameters, self.draw(), self.images)
             self._clamp()
             self._counts = self._count_tensor()
 

@@ -23,10 +23,9 @@ class Slab:
         widths = (2, 3, channels)
         sizes = [batch * capacity * width for width in widths]
         self.flat = torch.zeros(sum(sizes), device=device)
-        self.parts = [
-            part.view(batch, capacity, width)
-            for part, width in zip(self.flat.split(sizes), widths, strict=True)
-        ]
+        self.parts: list[Tensor] = []
+        for part, width in zip(torch.split(self.flat, sizes), widths, strict=True):
+            self.parts.append(part.view(batch, capacity, width))
 
     def rows(self, item: int, which: slice | Tensor) -> list[Tensor]:
         """Some rows of each part: (n, 2), (n, 3), (n, C)."""
@@ -62,15 +61,18 @@ class Parameters:
         self._steps = 0
 
     @property
-    def mu(self) -> Tensor:  # (B, N, 2)
+    def mu(self) -> Tensor:
+        """(B, N, 2)."""
         return self.values.parts[0]
 
     @property
-    def chol(self) -> Tensor:  # (B, N, 3)
+    def chol(self) -> Tensor:
+        """(B, N, 3)."""
         return self.values.parts[1]
 
     @property
-    def feat(self) -> Tensor:  # (B, N, C)
+    def feat(self) -> Tensor:
+        """(B, N, C)."""
         return self.values.parts[2]
 
     def adam(self, gradients: Sequence[Tensor], factor: float) -> None:

@@ -10,12 +10,7 @@ from sapwood.nn.splat2d import initial_sigma
 SHARE_UNIFORM = 0.3  # of the "gradient" initialisation (public code of Image-GS)
 _FLOOR = 1e-3  # added to |gradient|, so that flat regions are not left out
 _LUMA = (0.299, 0.587, 0.114)
-_FIRST_COLOUR = 0.3  # share of the colour that one Gaussian of a sum takes at first
-
-
-def first_colour(mode: str) -> float:
-    """The share of a pixel's colour that a new Gaussian there begins with."""
-    return 1.0 if mode == "norm" else _FIRST_COLOUR
+FIRST_COLOUR = 0.3  # share of a missing colour that a new Gaussian begins with
 
 
 def gradient_map(image: Tensor) -> Tensor:
@@ -83,4 +78,5 @@ def initial(
     if count < n:
         mu = torch.cat([mu, sample(gradient_map(image) + _FLOOR, n - count, generator)])
     chol = round_shapes(mu, initial_sigma(size, n))
-    return [mu, chol, first_colour(mode) * colours_at(image, mu)]
+    share = 1.0 if mode == "norm" else FIRST_COLOUR
+    return [mu, chol, share * colours_at(image, mu)]

@@ -93,8 +93,8 @@ def fit_image(
         steps: of Adam. 1500 suits 256 x 256 pixels, 3000 suits 512 x 512.
         mode: ``"sum"`` adds the Gaussians, ``"norm"`` takes their weighted mean.
         init: ``"gradient"`` puts 70 % of them where luma changes, ``"uniform"`` puts them anywhere.
-        densify: ``"error"`` begins with half of them and adds the rest where the error is;
-            ``"split"`` begins with half and splits those that are pulled hardest, up to N;
+        densify: ``"error"`` begins with 30 % of them and adds the rest where the error is;
+            ``"split"`` begins with 70 % and splits those that are pulled hardest, up to N;
             ``"none"`` begins with all.
         loss: ``"mse"``, or ``"l1ssim"`` for L1 + 0.1 (1 - SSIM).
         lr_pos: learning rate of centres, in pixels.

@@ -129,7 +129,7 @@ def _read(path: str, owner: str) -> Tensor:
     try:
         with pillow.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)  # the way up that the camera noted
-            return _from_numpy(_pixels(picture), owner)
+            pixels = _pixels(picture)
     except (pillow.UnidentifiedImageError, pillow.DecompressionBombError, SyntaxError) as error:
         raise ValueError(
             f"sapwood.{owner}: image must be an image file, got {path!r} ({type(error).__name__})"
@@ -140,6 +140,7 @@ def _read(path: str, owner: str) -> Tensor:
         raise ValueError(
             f"sapwood.{owner}: image must be an undamaged file, got {path!r} ({error})"
         ) from None
+    return _checked(_from_numpy(pixels, owner), owner)
 
 
 def _pillow(owner: str) -> Any:
@@ -171,7 +172,7 @@ def _from_numpy(array: np.ndarray[Any, Any], owner: str) -> Tensor:
         _check.fail(ValueError, owner, "image", expected, array.shape)
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
         _check.fail(TypeError, owner, "image", "be floating point or uint8", array.dtype)
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    return torch.from_numpy(array.transpose(2, 0, 1).copy())  # PIL's pixels are not writable
 
 
 def _checked(image: Tensor, owner: str) -> Tensor:
