@@ -44,6 +44,7 @@ inline void check_features(const char* op, const Tensor& feat, const Tensor& mu)
   check_dim(op, "feat", feat, 3);
   check_shape(op, "feat", feat, {mu.size(0), mu.size(1), feat.size(2)});
   check_same_type(op, "feat", feat, mu);
+  STD_TORCH_CHECK(feat.size(2) >= 1, "sapwood.", op, ": feat must have at least 1 channel, got 0");
 }
 
 inline void check_size(const char* op, int64_t height, int64_t width) {
@@ -54,6 +55,15 @@ inline void check_size(const char* op, int64_t height, int64_t width) {
 
 inline void check_cutoff(const char* op, double cutoff) {
   STD_TORCH_CHECK(cutoff > 0, "sapwood.", op, ": cutoff must be positive, got ", cutoff);
+}
+
+// grad (B, C, H, W).
+inline void check_gradient(const char* op, const Tensor& grad, const Tensor& feat,
+                           const Tensor& mu) {
+  check_dim(op, "grad", grad, 4);
+  check_size(op, grad.size(2), grad.size(3));
+  check_shape(op, "grad", grad, {mu.size(0), feat.size(2), grad.size(2), grad.size(3)});
+  check_same_type(op, "grad", grad, mu);
 }
 
 }  // namespace sapwood::splat2d

@@ -115,11 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat2d_backward(
   const char* op = "splat2d_backward";
   check_gaussians(op, mu_in, chol_in, counts);
   check_features(op, feat_in, mu_in);
-  check_dim(op, "grad", grad_in, 4);
-  check_size(op, grad_in.size(2), grad_in.size(3));
-  check_shape(op, "grad", grad_in,
-              {mu_in.size(0), feat_in.size(2), grad_in.size(2), grad_in.size(3)});
-  check_same_type(op, "grad", grad_in, mu_in);
+  check_gradient(op, grad_in, feat_in, mu_in);
   check_cutoff(op, cutoff);
   const ScalarType type = compute_type(mu_in), out = mu_in.scalar_type();
   const Tensor mu = contiguous_as(mu_in, type), chol = contiguous_as(chol_in, type);

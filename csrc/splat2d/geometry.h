@@ -46,7 +46,7 @@ struct Gaussian {
 
 template <class T>
 SAPWOOD_BOTH SAPWOOD_FORCE_INLINE T saturated(double x) {
-  const double most = static_cast<double>(std::numeric_limits<T>::max());
+  constexpr double most = std::numeric_limits<T>::max();
   return static_cast<T>(x > most ? most : x < -most ? -most : x);
 }
 
@@ -72,7 +72,7 @@ SAPWOOD_BOTH SAPWOOD_FORCE_INLINE Gaussian<T> prepare(const T* mu, const T* chol
   const double mx = static_cast<double>(mu[0]), my = static_cast<double>(mu[1]);
   const double l1 = static_cast<double>(chol[0]), l2 = static_cast<double>(chol[1]);
   const double l3 = static_cast<double>(chol[2]);
-  const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
+  constexpr double eps = std::numeric_limits<T>::epsilon();
   Gaussian<T> g{};
   g.mx = mu[0];
   g.my = mu[1];
@@ -84,13 +84,13 @@ SAPWOOD_BOTH SAPWOOD_FORCE_INLINE Gaussian<T> prepare(const T* mu, const T* chol
   g.limit = static_cast<T>(cut.limit * kScale * kScale);
   const double reach = stretch * cut.limit * (kScale * kScale * (1 + 16 * eps));
   const double side = cut.radius * l1;  // half the width of the ellipse
-  const double margin = 1 + 8 * eps * (std::abs(mx) + side * (1 + std::abs(k)));
+  const double margin = 1 + 8 * eps * (fabs(mx) + side * (1 + fabs(k)));
   g.reach = saturated<T>(reach);
   g.stretch = saturated<T>(l1 / (kScale * stretch));
   g.margin = saturated<T>(margin);
-  const double most = static_cast<double>(std::numeric_limits<T>::max()) / 4;
-  g.everywhere = !(reach < most && margin < most && std::abs(k) < most);
-  const double rise = cut.radius * l3 * std::sqrt(stretch) + 1 + 8 * eps * std::abs(my);
+  constexpr double most = std::numeric_limits<T>::max() / 4;
+  g.everywhere = !(reach < most && margin < most && fabs(k) < most);
+  const double rise = cut.radius * l3 * sqrt(stretch) + 1 + 8 * eps * fabs(my);
   const double h = static_cast<double>(height), w = static_cast<double>(width);
   if (mx + side + margin < 0 || mx - side - margin > w - 1) return g;
   g.top = clamped_row(my - rise + 1, h);
