@@ -86,13 +86,6 @@ def test_a_batch_is_its_images_one_by_one(densify: str, mode: str) -> None:
         assert [h["n"] for h in result.history] == [h["n"] for h in alone.history]
 
 
-def test_splitting_in_a_batch_can_end_in_different_numbers() -> None:
-    black, busy = torch.zeros(3, 28, 36), scene(28, 36)
-    black[:, 10:14, 10:14] = 1
-    counts = [len(r.field) for r in fit_images([black, busy], 70, steps=90, densify="split")]
-    assert counts[0] < counts[1] <= 70
-
-
 def test_what_an_image_can_be(image: Tensor) -> None:
     eight_bits = (image * 255).round().to(torch.uint8)
     array = eight_bits.permute(1, 2, 0).numpy()

@@ -37,7 +37,7 @@ Loss = Enum("Loss", {"MSE": "mse", "L1SSIM": "l1ssim"}, type=str)
 
 def fit_image(
     photo: Annotated[
-        Path | None, typer.Argument(metavar="[INPUT]", help="An image file.", show_default=False)
+        Path | None, typer.Argument(metavar="INPUT", help="An image file.", show_default=False)
     ] = None,
     out: Annotated[
         Path | None,

@@ -83,7 +83,7 @@ def ssim(image: Tensor, target: Tensor, *, clamp: bool = True) -> Tensor:
     moments = torch.stack(
         [image, target, image * image, target * target, image * target]
     )  # (5, ..., C, H, W)
-    mx, my, xx, yy, xy = _Blur.apply(moments).unbind(0)
+    mx, my, xx, yy, xy = _blur(moments).unbind(0)
     vx, vy, vxy = xx - mx * mx, yy - my * my, xy - mx * my
     value = (2 * mx * my + _C1) * (2 * vxy + _C2)
     value = value / ((mx * mx + my * my + _C1) * (vx + vy + _C2))
@@ -106,13 +106,13 @@ class _Blur(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
+        first, *others = _taps()
         for dim in (-2, -1):
             size = x.shape[dim] - WINDOW + 1
-            first, *others = _taps()
-            y = x.narrow(dim, 0, size) * first
+            total = x.narrow(dim, 0, size) * first
             for shift, tap in enumerate(others, 1):
-                y.add_(x.narrow(dim, shift, size), alpha=tap)
-            x = y
+                total.add_(x.narrow(dim, shift, size), alpha=tap)
+            x = total
         return x
 
     @staticmethod
@@ -121,8 +121,12 @@ class _Blur(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        padded: Tensor = _Blur.apply(F.pad(grad, (WINDOW - 1,) * 4))
-        return padded
+        return _blur(F.pad(grad, (WINDOW - 1,) * 4))
+
+
+def _blur(x: Tensor) -> Tensor:
+    result: Tensor = _Blur.apply(x)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _pair(op: str, image: Tensor, target: Tensor, clamp: bool) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from sapwood.report.page import Chapter, Figure, Section, Stat, Table
 
 TITLE = "A photo as Gaussians"
 SIDE, STEPS = 256, 1500
-QUICK_SIDE, QUICK_STEPS = 192, 300
+QUICK_SIDE, QUICK_STEPS = 192, 400
 PARTS = (4, 2, 1)  # of the default number of Gaussians
 _ZOOM, _CUT = 6, 40  # enlargement of a detail, and its side in pixels
 _ELLIPSES = 400  # drawn as outlines
@@ -82,8 +83,8 @@ def _pictures(m: Measured) -> Section:
         "From few spots to many",
         [
             f"The photo, and what {len(few.field)} and {len(best.field)} Gaussians make of it. "
-            f"The outlines are those of {_ELLIPSES} of them: small and long at edges, large where "
-            "nothing happens."
+            f"The outlines are those of {len(_chosen(len(few.field)))} of the {len(few.field)}, at "
+            "one standard deviation."
         ],
         [
             Figure(_images_svg(m), "Each picture is drawn by splat2d."),
@@ -116,13 +117,10 @@ def _images_svg(m: Measured) -> str:
 
 def _outline(ax: Any, fit: FitResult) -> None:
     """One standard deviation of some Gaussians, in a neutral colour."""
-    import math
-
     from matplotlib.patches import Ellipse
 
     field = fit.field
-    chosen = range(0, len(field), max(1, len(field) // _ELLIPSES))
-    for index in chosen:
+    for index in _chosen(len(field)):
         (x, y), (l1, l2, l3) = field.mu[index].tolist(), field.chol[index].tolist()
         xx, xy, yy = l1 * l1, l1 * l2, l2 * l2 + l3 * l3
         middle, spread = (xx + yy) / 2, math.hypot((xx - yy) / 2, xy)
@@ -132,6 +130,12 @@ def _outline(ax: Any, fit: FitResult) -> None:
             Ellipse((x, y), *axes, angle=angle, fill=False, color=plots.SERIES[1], linewidth=0.5)
         )
     ax.set_aspect("equal")
+
+
+def _chosen(n: int) -> list[int]:
+    """Which of n Gaussians are outlined: all, or some of them, evenly."""
+    count = min(n, _ELLIPSES)
+    return [index * n // count for index in range(count)]
 
 
 def _detail_svg(m: Measured) -> str:
