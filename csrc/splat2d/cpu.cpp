@@ -11,6 +11,9 @@ namespace {
 // Pairs worth a thread; a pair takes about half a nanosecond.
 constexpr double kGrain = 32768;
 
+// A gradient up to this size is in cache whatever the order of the Gaussians.
+constexpr int64_t kCacheBytes = int64_t{1} << 20;
+
 template <class T>
 void copy_out(const Band<T>& band, int64_t height, T* image) {
   for (int64_t r = 0; r < band.rows; ++r) {
@@ -96,9 +99,12 @@ void differentiate_all(Scene<T>& scene, const T* feat, int64_t channels, const T
   const int64_t total = scene.batch * scene.n, tasks = (total + kChunk - 1) / kChunk;
   const Gaussian<T>* gaussians = scene.item(0);
   const double pairs = 200.0 * static_cast<double>(total);
+  const bool small = item * static_cast<int64_t>(sizeof(T)) <= kCacheBytes;
+  const std::vector<int64_t> order = small ? std::vector<int64_t>{} : by_first_band(scene);
   parallel_dynamic(tasks, useful_workers(tasks, 50 * pairs), [&](int64_t, int64_t task) {
     Scratch<T> scratch(channels * kPad);
-    for (int64_t i = task * kChunk; i < std::min(total, (task + 1) * kChunk); ++i) {
+    for (int64_t at = task * kChunk; at < std::min(total, (task + 1) * kChunk); ++at) {
+      const int64_t i = small ? at : order[static_cast<size_t>(at)];
       const Gradient<T> image{
           rows + i / scene.n * item, scene.height, scene.width, pitch, channels, finite};
       const Slopes<T> slopes{to.mu + 2 * i, to.chol + 3 * i, to.feat + channels * i,

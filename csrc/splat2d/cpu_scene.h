@@ -10,7 +10,7 @@
 
 #include "common/parallel.h"
 #include "common/scratch.h"
-#include "splat2d/arguments.h"
+#include "splat2d/cpu_arguments.h"
 #include "splat2d/kernel.h"
 
 namespace sapwood::splat2d {
@@ -135,5 +135,28 @@ class BandLists {
     return begin_.back();
   }
 };
+
+// All Gaussians of a batch by item and first band: in this order neighbours read the same rows of a
+// gradient, so that they are in cache. Nothing else depends on the order.
+template <class T>
+std::vector<int64_t> by_first_band(Scene<T>& scene) {
+  const int64_t bands = (scene.height + kBand - 1) / kBand;
+  std::vector<int64_t> order(static_cast<size_t>(scene.batch * scene.n));
+  std::vector<int64_t> next(static_cast<size_t>(bands + 1));
+  for (int64_t b = 0; b < scene.batch; ++b) {
+    const Gaussian<T>* gaussians = scene.item(b);
+    std::fill(next.begin(), next.end(), int64_t{0});
+    for (int64_t i = 0; i < scene.n; ++i) {
+      ++next[static_cast<size_t>(std::min(gaussians[i].top / kBand + int64_t{1}, bands))];
+    }
+    next[0] = b * scene.n;
+    for (size_t band = 1; band < next.size(); ++band) next[band] += next[band - 1];
+    for (int64_t i = 0; i < scene.n; ++i) {
+      const auto band = static_cast<size_t>(std::min<int64_t>(gaussians[i].top / kBand, bands - 1));
+      order[static_cast<size_t>(next[band]++)] = b * scene.n + i;
+    }
+  }
+  return order;
+}
 
 }  // namespace sapwood::splat2d

@@ -7,7 +7,7 @@
 #include "common/cuda.h"
 #include "common/cuda_tensor.h"
 #include "common/registry.h"
-#include "splat2d/arguments.h"
+#include "splat2d/cpu_arguments.h"
 #include "splat2d/cuda_backward.cuh"
 #include "splat2d/cuda_forward.cuh"
 

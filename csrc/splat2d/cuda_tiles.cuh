@@ -51,7 +51,7 @@ __device__ void columns_of_row(const Gaussian<T>& g, int64_t y, int64_t width, i
                                int64_t& last) {
   first = 0;
   last = width - 1;
-  if (g.everywhere) return;
+  if (g.extreme) return;
   const T e = (static_cast<T>(y) - g.my) * g.per_y, d = g.reach - e * e;
   const T middle = g.mx + g.stretch * (g.skew * e), end = static_cast<T>(width - 1);
   const T half = g.stretch * root(d > T(0) ? d : T(0)) + g.margin;

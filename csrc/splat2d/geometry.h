@@ -40,13 +40,18 @@ struct Gaussian {
   T limit;         // of the scaled u^2 + v^2
   // The columns of a row with e = dy per_y: mx + stretch (skew e +- sqrt(reach - e^2)) +- margin.
   T reach, stretch, margin;
-  bool everywhere;      // the formula above is out of range: every column may be reached
+  bool extreme;         // u or v may overflow: every column of a row may be reached
   int32_t top, bottom;  // rows [top, bottom) of the image; none: nothing is drawn
 };
 
 template <class T>
+inline constexpr double kMost = std::numeric_limits<T>::max();
+template <class T>
+inline constexpr double kEps = std::numeric_limits<T>::epsilon();
+
+template <class T>
 SAPWOOD_BOTH SAPWOOD_FORCE_INLINE T saturated(double x) {
-  constexpr double most = std::numeric_limits<T>::max();
+  constexpr double most = kMost<T>;
   return static_cast<T>(x > most ? most : x < -most ? -most : x);
 }
 
@@ -72,7 +77,7 @@ SAPWOOD_BOTH SAPWOOD_FORCE_INLINE Gaussian<T> prepare(const T* mu, const T* chol
   const double mx = static_cast<double>(mu[0]), my = static_cast<double>(mu[1]);
   const double l1 = static_cast<double>(chol[0]), l2 = static_cast<double>(chol[1]);
   const double l3 = static_cast<double>(chol[2]);
-  constexpr double eps = std::numeric_limits<T>::epsilon();
+  constexpr double eps = kEps<T>;
   Gaussian<T> g{};
   g.mx = mu[0];
   g.my = mu[1];
@@ -88,10 +93,11 @@ SAPWOOD_BOTH SAPWOOD_FORCE_INLINE Gaussian<T> prepare(const T* mu, const T* chol
   g.reach = saturated<T>(reach);
   g.stretch = saturated<T>(l1 / (kScale * stretch));
   g.margin = saturated<T>(margin);
-  constexpr double most = std::numeric_limits<T>::max() / 4;
-  g.everywhere = !(reach < most && margin < most && fabs(k) < most);
-  const double rise = cut.radius * l3 * sqrt(stretch) + 1 + 8 * eps * fabs(my);
+  constexpr double most = kMost<T> / 4;
   const double h = static_cast<double>(height), w = static_cast<double>(width);
+  const double widest = (1 + fabs(k)) * (w + fabs(mx)) / l1, highest = (h + fabs(my)) * per_y;
+  g.extreme = !(reach < most && margin < most && widest < most && highest < most);
+  const double rise = cut.radius * l3 * sqrt(stretch) + 1 + 8 * eps * fabs(my);
   if (mx + side + margin < 0 || mx - side - margin > w - 1) return g;
   g.top = clamped_row(my - rise + 1, h);
   g.bottom = clamped_row(my + rise + 1, h);

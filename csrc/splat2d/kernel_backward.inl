@@ -29,8 +29,9 @@ SAPWOOD_TARGET SAPWOOD_INLINE void magnitude(typename Lanes<T>::type& v) {
 }
 
 // A block of columns down its rows. u is constant in a lane, so that three sums over the rows give
-// five moments. `slopes` holds the sums of w grad, one vector per channel.
-template <int C, bool finite, bool stats, class T>
+// five moments. `slopes` holds the sums of w grad, one vector per channel. Unless all is `plain`, what
+// is not finite outside the cut must not meet a weight of zero.
+template <int C, bool plain, bool stats, class T>
 SAPWOOD_TARGET SAPWOOD_INLINE void add_block(const Gaussian<T>& g, const T* feat,
                                              const Rows<T>& rows, uint32_t reached, int64_t at,
                                              const T* from, int64_t channels, int64_t pitch,
@@ -40,24 +41,28 @@ SAPWOOD_TARGET SAPWOOD_INLINE void add_block(const Gaussian<T>& g, const T* feat
   const T limit = g.limit;
   V x;
   columns_from<T>(at, x);
-  const V u = (x - g.mx) * g.per_x, uu = u * u, ku = g.skew * u;
+  V u = (x - g.mx) * g.per_x;
+  const V uu = u * u, ku = g.skew * u;
+  if constexpr (!plain) u = uu - uu == 0 ? u : V{};
   V s_sum{}, sv_sum{}, svv_sum{};
   const int begin = __builtin_ctz(reached), end = 32 - __builtin_clz(reached);
   from += begin * channels * pitch + at;
   for (int r = begin; r < end; ++r, from += channels * pitch) {
-    const V v = rows.e[r] - ku, q = v * v + uu;
+    V v = rows.e[r] - ku;
+    const V q = v * v + uu;
     V w;
     exp2_of_minus<T>(w, q);
     w = q <= limit ? w : V{};
+    if constexpr (!plain) v = q <= limit ? v : V{};
     V dot{};
     for (int64_t c = 0; c < channels; ++c) {
       V grad;
       load<T>(grad, from + c * pitch);
-      if constexpr (!finite) grad = q <= limit ? grad : V{};
+      if constexpr (!plain) grad = q <= limit ? grad : V{};
       dot += grad * feat[c];
       slopes[c] += w * grad;
     }
-    if constexpr (!finite) dot = q <= limit ? dot : V{};
+    if constexpr (!plain) dot = q <= limit ? dot : V{};
     const V s = w * dot, sv = s * v;
     s_sum += s;
     sv_sum += sv;
@@ -70,8 +75,9 @@ SAPWOOD_TARGET SAPWOOD_INLINE void add_block(const Gaussian<T>& g, const T* feat
       moments.abs_y += y_part;
     }
   }
-  moments.u += u * s_sum;
-  moments.uu += uu * s_sum;
+  const V us = u * s_sum;
+  moments.u += us;
+  moments.uu += us * u;
   moments.v += sv_sum;
   moments.uv += u * sv_sum;
   moments.vv += svv_sum;
@@ -96,7 +102,7 @@ SAPWOOD_TARGET SAPWOOD_INLINE void write_slopes(const Gaussian<T>& g, const Mome
   }
 }
 
-template <int C, bool finite, bool stats, class T>
+template <int C, bool plain, bool stats, class T>
 SAPWOOD_TARGET void differentiate_of(const Gaussian<T>& g, const T* feat, const Gradient<T>& image,
                                      T* scratch, const Slopes<T>& to) {
   using V = typename Lanes<T>::type;
@@ -115,8 +121,8 @@ SAPWOOD_TARGET void differentiate_of(const Gaussian<T>& g, const T* feat, const 
     for (int64_t at = first; at <= last; at += L) {
       const uint32_t reached = rows_reaching(rows, static_cast<T>(at), static_cast<T>(at + L - 1));
       if (reached == 0) continue;
-      add_block<C, finite, stats>(g, feat, rows, reached, at, from, channels, image.pitch, moments,
-                                  slopes);
+      add_block<C, plain, stats>(g, feat, rows, reached, at, from, channels, image.pitch, moments,
+                                 slopes);
     }
   }
   write_slopes<T, stats>(g, moments, to);
@@ -129,13 +135,12 @@ SAPWOOD_TARGET void differentiate_channels(const Gaussian<T>& g, const T* feat,
                                            const Slopes<T>& to) {
   T zero = 0;  // NaN if a feature is not finite
   for (int64_t c = 0; c < (C > 0 ? C : image.channels); ++c) zero += feat[c] * T(0);
+  const bool plain = image.finite && zero == 0 && !g.extreme;
   if (to.abs_mu != nullptr) {
-    if (image.finite && zero == 0)
-      return differentiate_of<C, true, true>(g, feat, image, scratch, to);
+    if (plain) return differentiate_of<C, true, true>(g, feat, image, scratch, to);
     return differentiate_of<C, false, true>(g, feat, image, scratch, to);
   }
-  if (image.finite && zero == 0)
-    return differentiate_of<C, true, false>(g, feat, image, scratch, to);
+  if (plain) return differentiate_of<C, true, false>(g, feat, image, scratch, to);
   return differentiate_of<C, false, false>(g, feat, image, scratch, to);
 }
 

@@ -23,28 +23,35 @@ SAPWOOD_TARGET SAPWOOD_INLINE void store(T* to, const typename Lanes<T>::type& v
 
 template <class T>
 SAPWOOD_TARGET SAPWOOD_INLINE T sum_lanes(const typename Lanes<T>::type& v) {
+#if SAPWOOD_IS_AVX512
+  if constexpr (sizeof(T) == 8)
+    return _mm512_reduce_add_pd((__m512d)v);
+  else
+    return _mm512_reduce_add_ps((__m512)v);
+#else
   T lanes[Lanes<T>::count];
   store<T>(lanes, v);
   for (int h = Lanes<T>::count / 2; h > 0; h /= 2) {
     for (int i = 0; i < h; ++i) lanes[i] += lanes[i + h];
   }
   return lanes[0];
+#endif
 }
 
 template <class T>
 struct Exp2;
 
-// 2^f for 0 <= f <= 1, exact at 0, relative error 1e-7 and 1e-16; `magic` rounds to an integer and
-// leaves it, plus the exponent's bias, in the low bits.
+// 2^f for |f| <= 1/2, exact at 0, relative error 2e-7 and 1e-16; `magic` rounds to an integer and
+// leaves it, plus the exponent's bias, in the low bits. `above` is 2^f for 0 <= f <= 1.
 template <>
 struct Exp2<float> {
   static constexpr float magic = 0x1.8p+23f + 127.0f;
   static constexpr int mantissa = 23, degree = 5;
-  static constexpr float c[] = {1.0f,           0x1.62e4bap-1f, 0x1.ebdb56p-3f,
-                                0x1.c91ce6p-5f, 0x1.277856p-7f, 0x1.e974fap-10f};
+  static constexpr float c[] = {1.0f,           0x1.62e42ap-1f, 0x1.ebf9bcp-3f,
+                                0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
+  static constexpr float above[] = {1.0f,           0x1.62e4bap-1f, 0x1.ebdb56p-3f,
+                                    0x1.c91ce6p-5f, 0x1.277856p-7f, 0x1.e974fap-10f};
 };
-
-// In double of |f| <= 1/2.
 template <>
 struct Exp2<double> {
   static constexpr double magic = 0x1.8p+52 + 1023.0;
@@ -74,16 +81,14 @@ SAPWOOD_TARGET SAPWOOD_INLINE void exp2_of_minus(typename Lanes<T>::type& w,
   if constexpr (sizeof(T) == 4) {
     const V y = -x;
     const V f = (V)_mm512_reduce_ps((__m512)y, 1);  // y - floor(y)
-    V p = V{} + E::c[E::degree];
+    V p = V{} + E::above[E::degree];
 #pragma GCC unroll 16
-    for (int i = E::degree - 1; i >= 0; --i) p = p * f + E::c[i];
+    for (int i = E::degree - 1; i >= 0; --i) p = p * f + E::above[i];
     w = (V)_mm512_scalef_ps((__m512)p, (__m512)y);  // p 2^floor(y)
     return;
   }
 #endif
-  // In float f is in [0, 1], the interval of the polynomial.
-  const V shift = V{} + (sizeof(T) == 4 ? E::magic - T(0.5) : E::magic);
-  const V shifted = shift - x;
+  const V shifted = E::magic - x;
   const V f = (E::magic - shifted) - x;
   V p = V{} + E::c[E::degree];
 #pragma GCC unroll 16
@@ -114,6 +119,31 @@ struct Rows {
   T least, most;  // over all rows
 };
 
+// The least of `low` and the most of `high`, as a tree.
+template <class T>
+SAPWOOD_TARGET SAPWOOD_INLINE void extremes(Rows<T>& rows) {
+#if SAPWOOD_IS_AVX512
+  if constexpr (sizeof(T) == 4) {
+    rows.least = _mm512_reduce_min_ps(_mm512_load_ps(rows.low));
+    rows.most = _mm512_reduce_max_ps(_mm512_load_ps(rows.high));
+    return;
+  }
+#endif
+  T low[kBand / 2], high[kBand / 2];
+  for (int r = 0; r < kBand / 2; ++r) {
+    low[r] = rows.low[r] < rows.low[r + kBand / 2] ? rows.low[r] : rows.low[r + kBand / 2];
+    high[r] = rows.high[r] > rows.high[r + kBand / 2] ? rows.high[r] : rows.high[r + kBand / 2];
+  }
+  for (int h = kBand / 4; h > 0; h /= 2) {
+    for (int r = 0; r < h; ++r) {
+      low[r] = low[r] < low[r + h] ? low[r] : low[r + h];
+      high[r] = high[r] > high[r + h] ? high[r] : high[r + h];
+    }
+  }
+  rows.least = low[0];
+  rows.most = high[0];
+}
+
 template <class T>
 SAPWOOD_TARGET SAPWOOD_INLINE void solve_rows(const Gaussian<T>& g, int64_t first, int count,
                                               Rows<T>& rows) {
@@ -129,25 +159,13 @@ SAPWOOD_TARGET SAPWOOD_INLINE void solve_rows(const Gaussian<T>& g, int64_t firs
     rows.low[r] = reached ? middle - half : far;
     rows.high[r] = reached ? middle + half : -far;
   }
-  if (g.everywhere) {
+  if (g.extreme) {
     for (int r = 0; r < kBand; ++r) {
       rows.low[r] = r < count ? -far : far;
       rows.high[r] = r < count ? far : -far;
     }
   }
-  T low[kBand / 2], high[kBand / 2];
-  for (int r = 0; r < kBand / 2; ++r) {
-    low[r] = rows.low[r] < rows.low[r + kBand / 2] ? rows.low[r] : rows.low[r + kBand / 2];
-    high[r] = rows.high[r] > rows.high[r + kBand / 2] ? rows.high[r] : rows.high[r + kBand / 2];
-  }
-  for (int h = kBand / 4; h > 0; h /= 2) {
-    for (int r = 0; r < h; ++r) {
-      low[r] = low[r] < low[r + h] ? low[r] : low[r + h];
-      high[r] = high[r] > high[r + h] ? high[r] : high[r + h];
-    }
-  }
-  rows.least = low[0];
-  rows.most = high[0];
+  extremes(rows);
 }
 
 // Bit r: row r reaches the columns [from, to].

@@ -201,7 +201,8 @@ def _gradients(case: Splat2dCase, p: Problem, provider: str) -> Call:
     leaves = [t.clone().requires_grad_() for t in p.gaussians]
 
     def by_autograd() -> Any:
-        image = _BY_TORCH[provider](*leaves, case.height, case.width)
+        mu, chol, feat = leaves
+        image = _BY_TORCH[provider](mu, chol, feat, case.height, case.width)
         return torch.autograd.grad(image, leaves, p.grad)
 
     return by_autograd

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sapwood import _backend, _check
-from sapwood.ops.splat2d import _specs, _validate
+from sapwood.ops.splat2d import _specs, _triton, _validate
 from sapwood.ops.splat2d._splat import with_weight
 from sapwood.ops.splat2d._validate import DEFAULT_CUTOFF
 from sapwood.reference import splat2d as reference
@@ -16,6 +16,7 @@ from sapwood.reference import splat2d as reference
 _NAME = "splat2d_backward"
 _BACKENDS = (
     _backend.native(_NAME, _specs.splat2d_backward),
+    *_triton.backends(_NAME),
     _backend.Backend("reference", lambda *_: None, reference.splat2d_backward),
 )
 
@@ -43,6 +44,16 @@ class Splat2dGradients(NamedTuple):
     abs_mu: Tensor | None
 
 
+def _explain(
+    grad: Tensor, mu: Tensor, chol: Tensor, feat: Tensor, **options: Any
+) -> _backend.Explanation:
+    scene = _validate.scene(_NAME, mu, chol, feat, options.get("counts"), False)
+    cutoff = options.get("cutoff", DEFAULT_CUTOFF)
+    args = (_image_grad(grad, scene), scene.mu, scene.chol, scene.feat, scene.counts, cutoff, False)
+    return _backend.Explanation(_NAME, _backend.candidates(_BACKENDS, *args))
+
+
+@_backend.explainable(_explain)
 def splat2d_backward(
     grad: Tensor,  # (..., C, H, W)
     mu: Tensor,  # (..., N, 2)
@@ -104,8 +115,12 @@ def splat2d_backward(
     d_mu, d_chol, d_feat, stats = _backend.choose(_NAME, _BACKENDS, *args).run(*args)
     if mode == "norm":
         d_feat = d_feat[..., :-1].contiguous()
-    parts = (scene.restore(t) for t in (d_mu, d_chol, d_feat))
-    return Splat2dGradients(*parts, scene.restore(stats) if with_stats else None)
+    return Splat2dGradients(
+        scene.restore(d_mu),
+        scene.restore(d_chol),
+        scene.restore(d_feat),
+        scene.restore(stats) if with_stats else None,
+    )
 
 
 def _image_grad(grad: Tensor, scene: _validate.Scene) -> Tensor:  # (B, C, H, W)

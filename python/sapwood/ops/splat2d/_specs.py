@@ -63,12 +63,18 @@ def _setup_splat2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(mu, chol, feat, counts)
 
 
-def _backward_splat2d(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad[:3]
-    if not any(needed):
-        return (None,) * 7
-    grads = splat2d_backward(grad, *ctx.saved_tensors, ctx.cutoff, False)[:3]
-    return (*(g if need else None for g, need in zip(grads, needed, strict=True)), *(None,) * 4)
+def backward_by(gradients: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The derivative of an image by an op with the signature of ``splat2d_backward``."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:3]
+        if not any(needed):
+            return (None,) * 7
+        found = gradients(grad, *ctx.saved_tensors, ctx.cutoff, False)[:3]
+        kept = (g if need else None for g, need in zip(found, needed, strict=True))
+        return (*kept, *(None,) * 4)
+
+    return backward
 
 
 def _fake_backward(
@@ -93,8 +99,8 @@ def _backward_backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | Non
     """The derivative of the reference, in chunks of Gaussians: correct, not fast."""
     grad, mu, chol, feat, counts = ctx.saved_tensors
 
-    def first(*args: Tensor) -> tuple[Tensor, ...]:
-        return reference.splat2d_backward(*args, counts, ctx.cutoff, ctx.with_stats)
+    def first(g: Tensor, m: Tensor, c: Tensor, f: Tensor) -> tuple[Tensor, ...]:
+        return reference.splat2d_backward(g, m, c, f, counts, ctx.cutoff, ctx.with_stats)
 
     pair: Any = torch.func.vjp(first, grad, mu, chol, feat)
     outputs, vjp = pair
@@ -123,7 +129,7 @@ splat2d = define_op(
         reference=reference.splat2d,
         vmap=_vmap_batched,
         setup=_setup_splat2d,
-        backward=_backward_splat2d,
+        backward=backward_by(splat2d_backward),
     )
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sapwood import _backend, _check
-from sapwood.ops.splat2d import _specs, _validate
+from sapwood.ops.splat2d import _specs, _triton, _validate
 from sapwood.ops.splat2d._validate import DEFAULT_CUTOFF
 from sapwood.reference import splat2d as reference
 
@@ -19,6 +19,7 @@ _NAME = "splat2d"
 def _backends(op: str) -> tuple[_backend.Backend, ...]:
     return (
         _backend.native(op, getattr(_specs, op)),
+        *_triton.backends(op),
         _backend.Backend("reference", lambda *_: None, getattr(reference, op)),
     )
 

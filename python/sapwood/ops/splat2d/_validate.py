@@ -17,7 +17,8 @@ DEFAULT_CUTOFF = 2 * math.log(255)
 
 MODES = ("sum", "norm")
 _FLOATS = (torch.float32, torch.float64)
-_HALVES = (torch.float16, torch.bfloat16)
+#: Up to this a pixel's coordinates are exact in float32.
+_LARGEST = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ def size_of(op: str, size: Sequence[int]) -> tuple[int, int]:
             _check.fail(TypeError, op, "size", "be a pair of integers", repr(size))
     if height < 1 or width < 1:
         _check.fail(ValueError, op, "size", "be at least (1, 1)", (height, width))
+    if height > _LARGEST or width > _LARGEST:
+        most = (_LARGEST, _LARGEST)
+        _check.fail(ValueError, op, "size", f"be at most {most}", (height, width))
     return height, width
 
 
@@ -80,7 +84,7 @@ def scene(
     mu, chol, feat = _same_type(op, mu, chol, feat)
     _check_shapes(op, mu, chol, feat)
     try:
-        lead = torch.broadcast_shapes(mu.shape[:-2], chol.shape[:-2], feat.shape[:-2])
+        lead = tuple(torch.broadcast_shapes(mu.shape[:-2], chol.shape[:-2], feat.shape[:-2]))
     except RuntimeError:
         given = tuple(tuple(t.shape[:-2]) for t in (mu, chol, feat))
         _check.fail(
@@ -89,7 +93,7 @@ def scene(
     if counts is not None:
         counts = _batched_counts(op, counts, lead)
     flat = [_batched(t, lead) for t in (mu, chol, feat)]
-    made = Scene(flat[0], flat[1], flat[2], counts, tuple(lead))
+    made = Scene(flat[0], flat[1], flat[2], counts, lead)
     if validate or (validate is None and mu.device.type == "cpu" and _may_look()):
         _check_values(op, made)
     return made

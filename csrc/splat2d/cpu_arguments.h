@@ -47,10 +47,13 @@ inline void check_features(const char* op, const Tensor& feat, const Tensor& mu)
   STD_TORCH_CHECK(feat.size(2) >= 1, "sapwood.", op, ": feat must have at least 1 channel, got 0");
 }
 
+// A pixel's coordinates are exact in float32 up to 2^24.
 inline void check_size(const char* op, int64_t height, int64_t width) {
-  constexpr int64_t most = std::numeric_limits<int32_t>::max() / 2;
-  STD_TORCH_CHECK(height >= 1 && width >= 1 && height <= most && width <= most, "sapwood.", op,
+  STD_TORCH_CHECK(height >= 1 && width >= 1, "sapwood.", op,
                   ": size must be at least (1, 1), got (", height, ", ", width, ")");
+  constexpr int64_t most = int64_t{1} << 24;
+  STD_TORCH_CHECK(height <= most && width <= most, "sapwood.", op, ": size must be at most (", most,
+                  ", ", most, "), got (", height, ", ", width, ")");
 }
 
 inline void check_cutoff(const char* op, double cutoff) {
