@@ -14,7 +14,7 @@ from sapwood.gaussian._parameters import Parameters
 from sapwood.nn.splat2d import initial_sigma
 
 _LARGE = 1.0  # pixels: standard deviation above which a Gaussian is split, below it is cloned
-_SPLIT, _CLONE = 0.8, 0.25  # offset of the children, in standard deviations
+_SPLIT, _CLONE = 0.75, 0.25  # offset of the children, in standard deviations
 
 
 class Densifier(Protocol):
@@ -109,8 +109,8 @@ class BySplitting:
     absolute pixel gradients instead of the norm of their sum (arXiv:2404.10484); numbers are ours.
     """
 
-    _START, _SHARE, _END = 0.7, 0.1, 0.7
-    _LONGEST, _PARTS = 100, 15  # steps between rounds: at most, and rounds per run
+    _START, _SHARE, _END = 0.8, 0.03, 0.7
+    _LONGEST, _PARTS = 30, 50  # steps between rounds: at most, and rounds per run
     _FAINT = 1 / 255  # brightness times area, in pixels
 
     def __init__(self, target: int, steps: int, mode: str) -> None:
@@ -159,8 +159,8 @@ class BySplitting:
 def divide(parents: list[Tensor], limit: float, mode: str) -> tuple[list[Tensor], list[Tensor]]:
     """Two Gaussians out of each: large ones part and shrink, small ones part a little.
 
-    Along the long axis the children of a large one lie at +-0.8 standard deviations and are
-    0.6 times as long, so that together they have the mean and the covariance of the parent;
+    Along the long axis the children of a large one lie at +-0.75 standard deviations and are
+    0.66 times as long, so that together they have the mean and the covariance of the parent;
     in a sum their colours are such that its integral stays, too. A small one is cloned: +-0.25
     standard deviations, the shape unchanged, in a sum half of the colour each.
 
