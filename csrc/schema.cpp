@@ -35,4 +35,9 @@ SAPWOOD_LIBRARY(m) {
   m.def("similarity_pairs(Tensor x, Tensor? y, float threshold, str kind, bool absolute, bool include_self, int max_pairs, bool recheck, str precision=\"fp32\") -> (Tensor row, Tensor col, Tensor value, Tensor truncated)");
   m.def("similarity_topk(Tensor x, Tensor? y, int k, str kind, bool absolute, bool include_self, bool recheck, str precision=\"fp32\") -> (Tensor values, Tensor indices)");
   m.def("similarity_clusters(Tensor x, float threshold, str kind, bool absolute) -> Tensor");
+
+  // splat2d: image(c, p) = sum_n w_n(p) feat_n(c) with w = exp(-q / 2), q = |L^-1 (p - mu)|^2 <= cutoff
+  m.def("splat2d(Tensor mu, Tensor chol, Tensor feat, Tensor? counts, int height, int width, float cutoff) -> Tensor");
+  m.def("splat2d_backward(Tensor grad, Tensor mu, Tensor chol, Tensor feat, Tensor? counts, float cutoff, bool with_stats) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("splat2d_pairs(Tensor mu, Tensor chol, Tensor? counts, int height, int width, float cutoff) -> Tensor");
 }

@@ -1,8 +1,8 @@
 """Sparse, pruned and structured computation as drop-in torch ops, fast on CPU and GPU.
 
 Submodules are imported on first use: ``sapwood.ops`` (the kernels), ``sapwood.nn`` (modules),
-``sapwood.pruning`` (masks, schedules, pruners), ``sapwood.minimize`` (masked networks made small).
-``python -m sapwood`` reports on the installation.
+``sapwood.pruning`` (masks, schedules, pruners), ``sapwood.minimize`` (masked networks made small),
+``sapwood.gaussian`` (images made of Gaussians). ``python -m sapwood`` reports on the installation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sapwood import _load
 
 if TYPE_CHECKING:
-    from sapwood import data, minimize, nn, ops, pruning, reference, report
+    from sapwood import data, gaussian, minimize, nn, ops, pruning, reference, report
     from sapwood._backend import backend
     from sapwood._check import check_values
     from sapwood.ops._explain import explain
@@ -26,6 +26,7 @@ __all__ = [
     "check_values",
     "data",
     "explain",
+    "gaussian",
     "minimize",
     "nn",
     "ops",
@@ -34,7 +35,7 @@ __all__ = [
     "report",
 ]
 
-_SUBMODULES = ("data", "minimize", "nn", "ops", "pruning", "reference", "report")
+_SUBMODULES = ("data", "gaussian", "minimize", "nn", "ops", "pruning", "reference", "report")
 _FUNCTIONS = {
     "backend": "sapwood._backend",
     "explain": "sapwood.ops._explain",

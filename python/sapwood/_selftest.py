@@ -23,7 +23,7 @@ def run() -> list[Result]:
     """Runs every family's check; a failure is a result, not an exception.
 
     >>> [result.family for result in run()]
-    ['masked_matmul', 'logsemiring', 'similarity', 'pruning']
+    ['masked_matmul', 'logsemiring', 'similarity', 'splat2d', 'pruning']
 
     Returns:
         One result per family, in the order of ``FAMILIES``.
@@ -122,6 +122,29 @@ def _similarity() -> str:
     return f"matrix, {len(pairs)} pairs, top 5, clusters: within {worst:.0e}"
 
 
+def _splat2d() -> str:
+    from sapwood import ops
+    from sapwood.reference import splat2d as reference
+
+    generator = torch.Generator().manual_seed(0)
+    size = (50, 70)
+    mu = torch.rand(1, 60, 2, generator=generator) * 60
+    shape = torch.tensor([2.0, 0.7, 1.5]).expand(1, 60, 3)
+    feat = torch.rand(1, 60, 3, generator=generator)
+    grad = torch.randn(1, 3, *size, generator=generator)
+    m, s, f = mu.double(), shape.double(), feat.double()
+    cutoff = 40.0  # the weight there is 2e-9: rounding at the border of the cut does not show
+    exact = reference.splat2d(m, s, f, None, *size, cutoff)
+    slopes = reference.splat2d_backward(grad.double(), m, s, f, None, cutoff, True)
+    found = ops.splat2d_backward(grad, mu, shape, feat, cutoff=cutoff, with_stats=True)
+    worst = [_difference("splat2d", ops.splat2d(mu, shape, feat, size, cutoff=cutoff), exact)]
+    for name, actual, expected in zip(found._fields, found, slopes, strict=True):
+        if actual is None:
+            raise ArithmeticError(f"splat2d_backward gave no {name}")
+        worst.append(_difference(f"the gradient of splat2d in {name}", actual, expected))
+    return f"60 Gaussians, image and gradients: within {max(worst):.0e}"
+
+
 def _pruning() -> str:
     from sapwood import pruning
 
@@ -141,5 +164,6 @@ FAMILIES: dict[str, Callable[[], str]] = {
     "masked_matmul": _masked_matmul,
     "logsemiring": _logsemiring,
     "similarity": _similarity,
+    "splat2d": _splat2d,
     "pruning": _pruning,
 }

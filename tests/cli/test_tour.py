@@ -16,6 +16,7 @@ from sapwood.cli.chapters import (
     Context,
     compare_ways,
     hidden_states,
+    image_of_gaussians,
     nearest_rows,
     prune_pack_run,
 )
@@ -148,6 +149,22 @@ def test_second_chapter_says_what_it_compared(
     assert f"({100 * dense['mean']:.2f})" in result.remarks[0]
 
 
+def test_the_photo_of_gaussians_is_what_it_says(threads: None) -> None:
+    torch.set_num_threads(1)
+    with console.bars() as bars:
+        result = image_of_gaussians.run(Context(quick=True, seed=3, bars=bars))
+    fits = result.data["fits"]
+    assert [fit["psnr"] for fit in fits] == sorted(fit["psnr"] for fit in fits)
+    assert fits[-1]["psnr"] > 28
+    assert f"{fits[-1]['psnr']:.1f} dB" in result.headline
+    for fit, row in zip(fits, result.summary.rows, strict=True):
+        assert row[0] == str(fit["gaussians"])
+        assert row[1] == f"{fit['psnr']:.2f} dB"
+    figures = [block for section in result.page.sections for block in section.blocks]
+    assert sum("data:image/png;base64" in getattr(figure, "svg", "") for figure in figures) == 2
+    assert not any("://" in getattr(figure, "svg", "") for figure in figures)
+
+
 def test_nearest_rows_finds_what_it_planted() -> None:
     result = nearest_rows.run(Context(quick=True, seed=3, bars=None))  # type: ignore[arg-type]
     assert result.data["missing"] == 0
@@ -176,7 +193,7 @@ def test_quick_tour_measures_what_it_shows(
     assert narrow(result.stdout.rpartition("wrote ")[0])
     page = (tmp_path / "index.html").read_text()
     assert "://" not in page
-    assert page.count("<svg role=") == 5
+    assert page.count("<svg role=") == 7
     chapters = json.loads((tmp_path / "results.json").read_text())["chapters"]
     dense, *pruned = chapters["prune_pack_run"]["networks"].values()
     assert dense["accuracy"] > 0.94

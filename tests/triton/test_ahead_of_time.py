@@ -8,7 +8,12 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from sapwood.triton_kernels import logsemiring, masked_matmul, similarity  # noqa: E402
+from sapwood.triton_kernels import (  # noqa: E402
+    logsemiring,
+    masked_matmul,
+    similarity,
+    splat2d,
+)
 from sapwood.triton_kernels._launch import INTERPRETED  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -18,7 +23,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set")
 CAPABILITIES = (80, 87, 90, 110, 120)
 SHARED_BYTES = 99 * 1024  # what a block may use on the smallest of them
 ALIGNED = [["tt.divisibility", 16]]
-MODULES = (logsemiring, masked_matmul, similarity)
+MODULES = (logsemiring, masked_matmul, similarity, splat2d)
 
 
 def kernels() -> dict[str, list[Any]]:
@@ -78,6 +83,8 @@ def test_every_kernel_and_configuration_is_a_case() -> None:
         "chain_gradient_kernel": [logsemiring._CHAIN],
         "maxima_kernel": [similarity._CONFIG],
         "join_kernel": [{"": similarity._JOIN}],
+        "splat2d_kernel": [{0: splat2d._DRAW}],
+        "splat2d_backward_kernel": [{0: splat2d._DIFFERENTIATE}],
     }
     for name, group in tables.items():
         for config in (config for table in group for config in table.values()):

@@ -1,8 +1,8 @@
 """The ``sapwood`` command: one module per command, found through the list ``COMMANDS``.
 
-A command module holds a function named after the command, or a ``typer.Typer`` named ``app`` for
-a group of commands; ``EPILOG``, if there is one, stands below the options. It imports torch and
-the methods inside its functions, so that help is quick.
+A command module holds a function named after the command (``-`` becomes ``_``), or a
+``typer.Typer`` named ``app`` for a group of commands; ``EPILOG``, if there is one, stands below the
+options. It imports torch and the methods inside its functions, so that help is quick.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ from collections.abc import Sequence
 
 import typer
 
-COMMANDS = ("tour", "prune", "minimize", "compare", "mask", "mnist-add", "bench", "info")
+COMMANDS = (
+    "tour",
+    "prune",
+    "minimize",
+    "compare",
+    "mask",
+    "fit-image",
+    "mnist-add",
+    "bench",
+    "info",
+)
 
 
 def build_app() -> typer.Typer:

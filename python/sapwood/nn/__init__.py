@@ -3,6 +3,7 @@
 from sapwood.nn.convert import LayerReport, to_dense, to_sparse
 from sapwood.nn.logsemiring import HMM, LogLinear
 from sapwood.nn.masked_matmul import MaskedConv2d, MaskedLinear, SparseLinear
+from sapwood.nn.splat2d import Splat2d
 
 __all__ = [
     "HMM",
@@ -11,6 +12,7 @@ __all__ = [
     "MaskedConv2d",
     "MaskedLinear",
     "SparseLinear",
+    "Splat2d",
     "to_dense",
     "to_sparse",
 ]

@@ -41,6 +41,12 @@ from sapwood.ops.similarity import (
     similarity_pairs,
     similarity_topk,
 )
+from sapwood.ops.splat2d import (
+    Splat2dGradients,
+    splat2d,
+    splat2d_backward,
+    splat2d_pairs,
+)
 
 __all__ = [
     "BestPath",
@@ -52,6 +58,7 @@ __all__ = [
     "Pairs",
     "SegmentMax",
     "SegmentPlan",
+    "Splat2dGradients",
     "calibrate",
     "explain",
     "kernel_cka",
@@ -78,5 +85,8 @@ __all__ = [
     "similarity_matrix",
     "similarity_pairs",
     "similarity_topk",
+    "splat2d",
+    "splat2d_backward",
+    "splat2d_pairs",
     "unpack",
 ]
