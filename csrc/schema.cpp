@@ -33,4 +33,9 @@ SAPWOOD_LIBRARY(m) {
   m.def("similarity_pairs(Tensor x, Tensor? y, float threshold, str kind, bool absolute, bool include_self, int max_pairs, bool recheck) -> (Tensor row, Tensor col, Tensor value, Tensor truncated)");
   m.def("similarity_topk(Tensor x, Tensor? y, int k, str kind, bool absolute, bool include_self, bool recheck) -> (Tensor values, Tensor indices)");
   m.def("similarity_clusters(Tensor x, float threshold, str kind, bool absolute) -> Tensor");
+
+  // copruned_conv: a convolution in which every sample has its own tiles and filter groups
+  m.def("copruned_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? region, Tensor? filters, Tensor? input_filters, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, int tile, int filter_group, str activation) -> Tensor");
+  m.def("copruned_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? region, Tensor? filters, Tensor? input_filters, int[] stride, int[] padding, int[] dilation, int groups, int tile, int filter_group, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("tile_list(Tensor mask) -> (Tensor items, Tensor count)");
 }

@@ -15,9 +15,9 @@ import torch
 
 from ._launch import INTERPRETED
 
-_FAMILIES = ("masked_matmul", "similarity")
+_FAMILIES = ("copruned_conv", "masked_matmul", "similarity")
 
-__all__ = ["masked_matmul", "similarity", "why_not"]
+__all__ = ["copruned_conv", "masked_matmul", "similarity", "why_not"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MINIMUM_CAPABILITY = (8, 0)

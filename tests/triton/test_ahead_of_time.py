@@ -8,7 +8,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from sapwood.triton_kernels import masked_matmul, similarity  # noqa: E402
+from sapwood.triton_kernels import copruned_conv, masked_matmul, similarity  # noqa: E402
 from sapwood.triton_kernels._launch import INTERPRETED  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -23,7 +23,7 @@ ALIGNED = [["tt.divisibility", 16]]
 def kernels() -> dict[str, list[Any]]:
     """The cases by kernel name."""
     cases: dict[str, list[Any]] = {}
-    for case in (*masked_matmul.AOT_CASES, *similarity.AOT_CASES):
+    for case in (*masked_matmul.AOT_CASES, *similarity.AOT_CASES, *copruned_conv.AOT_CASES):
         cases.setdefault(case[0].__name__, []).append(case)
     return cases
 
@@ -57,18 +57,19 @@ def test_compiles_for_unaligned_strided_tensors(name: str) -> None:
 
 
 def test_every_kernel_and_configuration_is_a_case() -> None:
-    modules = (masked_matmul, similarity)
+    modules = (masked_matmul, similarity, copruned_conv)
     names = {name for module in modules for name in dir(module) if name.endswith("_kernel")}
     assert set(kernels()) == names
     compiled = {
         (c[0].__name__, *(c[2][a] for a in c[0].arg_names if a.startswith("BLOCK_")))
-        for c in (*masked_matmul.AOT_CASES, *similarity.AOT_CASES)
+        for c in (*masked_matmul.AOT_CASES, *similarity.AOT_CASES, *copruned_conv.AOT_CASES)
     }
     tables = {
         "packed_linear_kernel": [*masked_matmul._PACKED.values()],
         "masked_matmul_kernel": [*masked_matmul._MASKED.values()],
         "sampled_matmul_kernel": [masked_matmul._SAMPLED],
         "candidates_kernel": [similarity._CONFIG],
+        "copruned_conv_kernel": [copruned_conv._CONFIG],
     }
     for name, group in tables.items():
         for config in (config for table in group for config in table.values()):

@@ -1,6 +1,15 @@
 """The kernels as torch ops. Importing this module loads the compiled library."""
 
 from sapwood.ops._dispatch import DispatchTable, calibrate
+from sapwood.ops.copruned_conv import (
+    copruned_conv2d,
+    copruned_conv_lstm_step,
+    copruned_depthwise_conv2d,
+    copruned_flops,
+    dilate_tile_mask,
+    tile_list,
+    tile_mask,
+)
 from sapwood.ops.logsemiring import (
     MaxMatmul,
     SegmentPlan,
@@ -46,6 +55,11 @@ __all__ = [
     "Pairs",
     "SegmentPlan",
     "calibrate",
+    "copruned_conv2d",
+    "copruned_conv_lstm_step",
+    "copruned_depthwise_conv2d",
+    "copruned_flops",
+    "dilate_tile_mask",
     "explain",
     "kernel_cka",
     "linear_cka",
@@ -68,5 +82,7 @@ __all__ = [
     "similarity_matrix",
     "similarity_pairs",
     "similarity_topk",
+    "tile_list",
+    "tile_mask",
     "unpack",
 ]

@@ -1,0 +1,292 @@
+// Sums over taps and channels for the wanted pixels: the forward pass and the gradient of the input,
+// dense in channels or depthwise.
+#pragma once
+
+#include "common/scratch.h"
+#include "copruned_conv/cpu_list.h"
+
+namespace sapwood::copruned_conv {
+
+using ChannelBlocks = std::vector<std::vector<Block>>;  // by sample
+
+// The channels of every sample whose groups are on, in blocks of `width`; mask (batch, groups).
+inline ChannelBlocks channel_blocks(const bool* mask, int64_t group, int64_t batch,
+                                    int64_t channels, int64_t width) {
+  ChannelBlocks blocks;
+  for (int64_t b = 0; b < batch; ++b) {
+    const bool* row = mask == nullptr ? nullptr : mask + b * (channels / group);
+    blocks.push_back(blocks_of(row, group, channels, width));
+  }
+  return blocks;
+}
+
+// One sum of a convolution. S is how tensors are stored, T what is summed in.
+template <class S, class T>
+struct Convolution {
+  Taps taps;
+  Lattice lattice;
+  Image<S> image;     // of sample 0
+  int64_t tiles = 0;  // of one sample in image.region
+  Target<S> target;   // of sample 0
+  const T* weights;   // (taps of the kernel, inputs, outputs); (taps, channels) when depthwise
+  const T* bias;      // (outputs,) or null
+  Activation activation = Activation::none;
+  const Wanted& wanted;
+  const ChannelBlocks& inputs;
+  const ChannelBlocks& outputs;
+
+  Image<S> source(int64_t b) const {
+    Image<S> one = image;
+    one.data += b * image.rows * image.cols * image.channels;
+    if (image.region != nullptr) one.region += b * tiles;
+    return one;
+  }
+  Target<S> sink(int64_t b) const {
+    const int64_t at = b * wanted.rows * wanted.cols * target.channels;
+    return {target.y + at, target.residual == nullptr ? nullptr : target.residual + at,
+            target.channels};
+  }
+};
+
+// What a thread needs for one chunk.
+template <class S, class T>
+class ChunkWork {
+ public:
+  ChunkWork(const Convolution<S, T>& c, const std::vector<Item>& items, int64_t edge,
+            const Chunk& chunk, int64_t planes)
+      : c_(c),
+        items_(items),
+        chunk_(chunk),
+        shape_(c.taps, edge),
+        sample_(items[static_cast<size_t>(chunk.first)].sample),
+        inputs_(c.inputs[static_cast<size_t>(sample_)]),
+        outputs_(c.outputs[static_cast<size_t>(sample_)]),
+        planes_(std::clamp<int64_t>(
+            kWindowBytes / (shape_.plane() * static_cast<int64_t>(sizeof(T))), 1, planes)),
+        windows_((chunk.last - chunk.first) * planes_ * shape_.plane()),
+        sums_((kChunkPixels + kMaxPixels) * std::max(kMaxFilters, kLine)),
+        weights_(kWeightBytes / static_cast<int64_t>(sizeof(T)) + kLine * kMaxFilters) {
+    list_pixels(items, chunk, c.wanted, c.lattice, c.taps, shape_, planes_ * shape_.plane(), list_);
+  }
+
+  void run() {
+    for (const Block& block : outputs_) multiply_block(block);
+  }
+
+  // Every channel with itself; `on` tells which channels of the image are not zero.
+  void run_depthwise(const bool* on, int64_t group) {
+    int32_t shifts[kMaxTaps];
+    for (int64_t t = 0; t < c_.taps.count; ++t) shifts[t] = shape_.shift(c_.taps, t);
+    TapShifts taps{shifts, c_.taps.count, 0, 0};
+    taps.columns = c_.taps.regular_columns(&taps.spacing);
+    const auto blocks = static_cast<int64_t>(outputs_.size());
+    for (int64_t first = 0; first < blocks; first += planes_) {
+      const int64_t count = std::min(planes_, blocks - first);
+      load_windows(outputs_.data() + first, count);
+      for (int64_t b = 0; b < count; ++b) {
+        multiply_line(outputs_[static_cast<size_t>(first + b)], b * shape_.plane(), taps, on,
+                      group);
+      }
+    }
+  }
+
+ private:
+  void load_windows(const Block* blocks, int64_t planes) {
+    const Image<S> image = c_.source(sample_);
+    for (int64_t i = chunk_.first; i < chunk_.last; ++i) {
+      const Item& item = items_[static_cast<size_t>(i)];
+      T* window = windows_.get() + (i - chunk_.first) * planes_ * shape_.plane();
+      SAPWOOD_ISA_CALL(load_window(image, item.y * c_.taps.step_y + c_.taps.top,
+                                   item.x * c_.taps.step_x + c_.taps.left, shape_.rows, shape_.cols,
+                                   blocks, planes, shape_.plane(), window));
+    }
+  }
+
+  // 16 channels whose windows begin at `plane`.
+  void multiply_line(const Block& block, int64_t plane, const TapShifts& taps, const bool* on,
+                     int64_t group) {
+    T bias[kLine] = {};
+    int64_t at = 0;
+    for (int32_t r = 0; r < block.runs; ++r) {
+      for (int32_t i = 0; i < block.run[r].count; ++i, ++at) {
+        const int64_t channel = block.run[r].first + i;
+        if (on != nullptr && !on[channel / group]) clear_channel(plane, at);
+        load_filter(channel, at);
+        if (c_.bias != nullptr) bias[at] = c_.bias[channel];
+      }
+    }
+    for (; at < kLine; ++at) load_filter(-1, at);
+    SAPWOOD_ISA_CALL(multiply_depthwise(static_cast<const T*>(windows_.get() + plane),
+                                        list_.offsets, list_.padded(), taps,
+                                        static_cast<const T*>(weights_.get()), bias, sums_.get()));
+    store(block, kLine);
+  }
+
+  void clear_channel(int64_t plane, int64_t at) {
+    for (int64_t i = chunk_.first; i < chunk_.last; ++i) {
+      T* line = windows_.get() + (i - chunk_.first) * planes_ * shape_.plane() + plane + at;
+      for (int64_t l = 0; l < shape_.rows * shape_.cols; ++l) line[l * kLine] = T(0);
+    }
+  }
+
+  // One column of the weights (taps, 16); zeros for no channel.
+  void load_filter(int64_t channel, int64_t at) {
+    for (int64_t t = 0; t < c_.taps.count; ++t) {
+      const int64_t from = c_.taps.weight[t] * c_.target.channels + channel;
+      weights_.get()[t * kLine + at] = channel < 0 ? T(0) : c_.weights[from];
+    }
+  }
+
+  // All input channels for the filters of one block, slice by slice.
+  void multiply_block(const Block& block) {
+    int64_t width = 0;
+    SAPWOOD_ISA_CALL(width_of<T>(block.count, width));
+    T bias[kMaxFilters] = {};
+    int64_t at = 0;
+    for (int32_t r = 0; c_.bias != nullptr && r < block.runs; ++r) {
+      for (int32_t k = 0; k < block.run[r].count; ++k) bias[at++] = c_.bias[block.run[r].first + k];
+    }
+    const T* start = bias;
+    const auto planes = static_cast<int64_t>(inputs_.size());
+    for (int64_t first = 0; first < planes; first += planes_) {
+      const int64_t count = std::min(planes_, planes - first);
+      if (loaded_ != first) load_windows(inputs_.data() + first, count);
+      loaded_ = first;
+      multiply_slice(block, width, inputs_.data() + first, count, start);
+      start = nullptr;
+    }
+    if (start != nullptr || c_.taps.count == 0) {  // nothing to add to the bias
+      SAPWOOD_ISA_CALL(multiply(width, windows_.get(), list_.offsets, list_.padded(),
+                                static_cast<const Segment*>(nullptr), 0, weights_.get(),
+                                static_cast<const T*>(bias), sums_.get()));
+    }
+    store(block, width);
+  }
+
+  // Weights of as many taps and lines as fit in L1 at a time.
+  void multiply_slice(const Block& block, int64_t width, const Block* inputs, int64_t planes,
+                      const T* start) {
+    const int64_t most =
+        std::max<int64_t>(kLine, kWeightBytes / (width * static_cast<int64_t>(sizeof(T))));
+    Segment segments[kSegments];
+    int64_t count = 0, rows = 0;
+    const auto flush = [&] {
+      SAPWOOD_ISA_CALL(multiply(width, windows_.get(), list_.offsets, list_.padded(),
+                                static_cast<const Segment*>(segments), count, weights_.get(), start,
+                                sums_.get()));
+      start = nullptr;
+      count = rows = 0;
+    };
+    for (int64_t b = 0; b < planes; ++b) {
+      for (int64_t t = 0; t < c_.taps.count; ++t) {
+        if (count == kSegments || rows + inputs[b].count > most) flush();
+        const auto plane = static_cast<int32_t>(b * shape_.plane());
+        segments[count++] = {plane + shape_.shift(c_.taps, t), inputs[b].count};
+        const T* from = c_.weights + c_.taps.weight[t] * c_.image.channels * c_.target.channels;
+        SAPWOOD_ISA_CALL(pack_weight_rows(from, c_.target.channels, inputs[b], block, width,
+                                          weights_.get() + rows * width));
+        rows += inputs[b].count;
+      }
+    }
+    if (count > 0) flush();
+  }
+
+  void store(const Block& block, int64_t width) {
+    SAPWOOD_ISA_CALL(activate_all(sums_.get(), list_.count * width, c_.activation));
+    SAPWOOD_ISA_CALL(store_pixels(static_cast<const T*>(sums_.get()), width, list_.places,
+                                  list_.count, block, c_.sink(sample_)));
+  }
+
+  static constexpr int64_t kSegments = 128;
+
+  const Convolution<S, T>& c_;
+  const std::vector<Item>& items_;
+  const Chunk chunk_;
+  const WindowShape shape_;
+  const int64_t sample_;
+  const std::vector<Block>& inputs_;
+  const std::vector<Block>& outputs_;
+  const int64_t planes_;  // of input channels that are loaded together
+  int64_t loaded_ = -1;   // the first of those in the windows
+  Scratch<T> windows_, sums_, weights_;
+  PixelList list_;
+};
+
+inline constexpr int64_t kEdge = 8;  // of an item: 64 pixels fill the register tile eight times
+
+// Writes the wanted pixels of the channels in `outputs`; everything else is fill_skipped's.
+template <class S, class T, class F>
+void for_chunks(const Convolution<S, T>& c, int64_t edge, int64_t planes, double operations,
+                const F& f) {
+  const std::vector<Item> items = items_of(c.wanted, c.lattice, edge);
+  const WindowShape shape(c.taps, edge);
+  const std::vector<Chunk> chunks =
+      chunks_of(items, kChunkPixels / (edge * edge),
+                planes * shape.plane() * static_cast<int64_t>(sizeof(T)));
+  const auto count = static_cast<int64_t>(chunks.size());
+  parallel_dynamic(count, useful_workers(count, operations), [&](int64_t, int64_t i) {
+    const Chunk& chunk = chunks[static_cast<size_t>(i)];
+    const auto sample = static_cast<size_t>(items[static_cast<size_t>(chunk.first)].sample);
+    if (c.outputs[sample].empty()) return;
+    ChunkWork<S, T> work(c, items, edge, chunk, planes);
+    f(work, static_cast<int64_t>(sample));
+  });
+}
+
+inline int64_t most_blocks(const ChannelBlocks& blocks) {
+  size_t most = 1;
+  for (const auto& sample : blocks) most = std::max(most, sample.size());
+  return static_cast<int64_t>(most);
+}
+
+template <class S, class T>
+void convolve(const Convolution<S, T>& c, int64_t edge, double operations) {
+  for_chunks(c, edge, most_blocks(c.inputs), operations,
+             [](ChunkWork<S, T>& work, int64_t) { work.run(); });
+}
+
+template <class S, class T>
+void convolve_depthwise(const Convolution<S, T>& c, int64_t edge, const bool* inputs, int64_t group,
+                        double operations) {
+  const int64_t groups = c.target.channels / group;
+  for_chunks(c, edge, most_blocks(c.outputs), operations, [&](ChunkWork<S, T>& work, int64_t b) {
+    work.run_depthwise(inputs == nullptr ? nullptr : inputs + b * groups, group);
+  });
+}
+
+// What is not computed: 0, or the residual bit for bit, written once.
+template <class S>
+void fill_skipped(const Target<S>& target, const Wanted& wanted, const bool* outputs,
+                  int64_t group) {
+  const int64_t channels = target.channels, groups = channels / group;
+  const auto fill = [&](int64_t at, int64_t count) {
+    if (target.residual == nullptr) {
+      std::memset(static_cast<void*>(target.y + at), 0, static_cast<size_t>(count) * sizeof(S));
+    } else {
+      std::memcpy(static_cast<void*>(target.y + at), target.residual + at,
+                  static_cast<size_t>(count) * sizeof(S));
+    }
+  };
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, wanted.cols * channels));
+  parallel_range(wanted.batch * wanted.rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t b = r / wanted.rows;
+      const uint8_t* row = wanted.row(b, r % wanted.rows);
+      const bool* on = outputs == nullptr ? nullptr : outputs + b * groups;
+      for (int64_t x = 0; x < wanted.cols;) {
+        const int64_t pixel = (r * wanted.cols + x) * channels;
+        int64_t run = x;
+        while (run < wanted.cols && row[run] == row[x]) ++run;
+        if (!row[x]) fill(pixel, (run - x) * channels);
+        for (int64_t p = x; row[x] && on != nullptr && p < run; ++p) {
+          for (int64_t g = 0; g < groups; ++g) {
+            if (!on[g]) fill(pixel + (p - x) * channels + g * group, group);
+          }
+        }
+        x = run;
+      }
+    }
+  });
+}
+
+}  // namespace sapwood::copruned_conv
