@@ -2,6 +2,10 @@
 // dense in channels or depthwise.
 #pragma once
 
+#include <algorithm>
+#include <limits>
+#include <vector>
+
 #include "common/scratch.h"
 #include "copruned_conv/cpu_list.h"
 
@@ -66,7 +70,10 @@ class ChunkWork {
         windows_((chunk.last - chunk.first) * planes_ * shape_.plane()),
         sums_((kChunkPixels + kMaxPixels) * std::max(kMaxFilters, kLine)),
         weights_(kWeightBytes / static_cast<int64_t>(sizeof(T)) + kLine * kMaxFilters) {
-    list_pixels(items, chunk, c.wanted, c.lattice, c.taps, shape_, planes_ * shape_.plane(), list_);
+    const int64_t size = planes_ * shape_.plane();
+    list_pixels(
+        items, chunk, c.wanted, c.lattice, c.taps, shape_.pitch(),
+        [&](const Item&, int64_t i) { return i * size; }, list_);
   }
 
   void run() {
@@ -75,18 +82,32 @@ class ChunkWork {
 
   // Every channel with itself; `on` tells which channels of the image are not zero.
   void run_depthwise(const bool* on, int64_t group) {
-    int32_t shifts[kMaxTaps];
-    for (int64_t t = 0; t < c_.taps.count; ++t) shifts[t] = shape_.shift(c_.taps, t);
-    TapShifts taps{shifts, c_.taps.count, 0, 0};
-    taps.columns = c_.taps.regular_columns(&taps.spacing);
     const auto blocks = static_cast<int64_t>(outputs_.size());
     for (int64_t first = 0; first < blocks; first += planes_) {
       const int64_t count = std::min(planes_, blocks - first);
       load_windows(outputs_.data() + first, count);
       for (int64_t b = 0; b < count; ++b) {
-        multiply_line(outputs_[static_cast<size_t>(first + b)], b * shape_.plane(), taps, on,
-                      group);
+        const Block& block = outputs_[static_cast<size_t>(first + b)];
+        load_filters(block, on, group, b * shape_.plane());
+        multiply_line(block, windows_.get() + b * shape_.plane(), shape_.pitch());
       }
+    }
+  }
+
+  // The same without windows, for items whose source pixels all lie inside of the image.
+  void run_inside(int64_t group) {
+    const Image<S> image = c_.source(sample_);
+    const Pitch pitch{image.cols * image.channels, image.channels};
+    list_pixels(
+        items_, chunk_, c_.wanted, c_.lattice, c_.taps, pitch,
+        [&](const Item& item, int64_t) {
+          return (item.y * c_.taps.step_y + c_.taps.top) * pitch.row +
+                 (item.x * c_.taps.step_x + c_.taps.left) * pitch.pixel;
+        },
+        list_);
+    for (const Block& block : outputs_) {
+      load_filters(block, nullptr, group, 0);
+      multiply_line(block, image.data + block.run[0].first, pitch);
     }
   }
 
@@ -102,23 +123,32 @@ class ChunkWork {
     }
   }
 
-  // 16 channels whose windows begin at `plane`.
-  void multiply_line(const Block& block, int64_t plane, const TapShifts& taps, const bool* on,
-                     int64_t group) {
-    T bias[kLine] = {};
+  // Weights (taps, 16) and bias of a block. A channel that is off is cleared in the window at `plane`.
+  void load_filters(const Block& block, const bool* on, int64_t group, int64_t plane) {
     int64_t at = 0;
     for (int32_t r = 0; r < block.runs; ++r) {
       for (int32_t i = 0; i < block.run[r].count; ++i, ++at) {
         const int64_t channel = block.run[r].first + i;
         if (on != nullptr && !on[channel / group]) clear_channel(plane, at);
         load_filter(channel, at);
-        if (c_.bias != nullptr) bias[at] = c_.bias[channel];
+        bias_[at] = c_.bias == nullptr ? T(0) : c_.bias[channel];
       }
     }
-    for (; at < kLine; ++at) load_filter(-1, at);
-    SAPWOOD_ISA_CALL(multiply_depthwise(static_cast<const T*>(windows_.get() + plane),
-                                        list_.offsets, list_.padded(), taps,
-                                        static_cast<const T*>(weights_.get()), bias, sums_.get()));
+    for (; at < kLine; ++at) {
+      load_filter(-1, at);
+      bias_[at] = T(0);
+    }
+  }
+
+  // 16 channels whose first source pixel is at `source`.
+  void multiply_line(const Block& block, const T* source, const Pitch& pitch) {
+    int32_t shifts[kMaxTaps];
+    for (int64_t t = 0; t < c_.taps.count; ++t) shifts[t] = pitch.shift(c_.taps, t);
+    TapShifts taps{shifts, c_.taps.count, 0, 0, pitch.pixel};
+    taps.columns = c_.taps.regular_columns(&taps.spacing);
+    SAPWOOD_ISA_CALL(multiply_depthwise(source, list_.offsets, list_.padded(), taps,
+                                        static_cast<const T*>(weights_.get()),
+                                        static_cast<const T*>(bias_), sums_.get()));
     store(block, kLine);
   }
 
@@ -181,7 +211,7 @@ class ChunkWork {
       for (int64_t t = 0; t < c_.taps.count; ++t) {
         if (count == kSegments || rows + inputs[b].count > most) flush();
         const auto plane = static_cast<int32_t>(b * shape_.plane());
-        segments[count++] = {plane + shape_.shift(c_.taps, t), inputs[b].count};
+        segments[count++] = {plane + shape_.pitch().shift(c_.taps, t), inputs[b].count};
         const T* from = c_.weights + c_.taps.weight[t] * c_.image.channels * c_.target.channels;
         SAPWOOD_ISA_CALL(pack_weight_rows(from, c_.target.channels, inputs[b], block, width,
                                           weights_.get() + rows * width));
@@ -209,16 +239,23 @@ class ChunkWork {
   const int64_t planes_;  // of input channels that are loaded together
   int64_t loaded_ = -1;   // the first of those in the windows
   Scratch<T> windows_, sums_, weights_;
+  T bias_[kLine];  // of a depthwise block
   PixelList list_;
 };
 
 inline constexpr int64_t kEdge = 8;  // of an item: 64 pixels fill the register tile eight times
 
-// Writes the wanted pixels of the channels in `outputs`; everything else is fill_skipped's.
+inline int64_t most_blocks(const ChannelBlocks& blocks) {
+  size_t most = 1;
+  for (const auto& sample : blocks) most = std::max(most, sample.size());
+  return static_cast<int64_t>(most);
+}
+
+// f(work, sample) for chunks of the items. Together they write the wanted pixels of the channels in
+// `outputs`; everything else is fill_skipped's.
 template <class S, class T, class F>
-void for_chunks(const Convolution<S, T>& c, int64_t edge, int64_t planes, double operations,
-                const F& f) {
-  const std::vector<Item> items = items_of(c.wanted, c.lattice, edge);
+void for_chunks(const Convolution<S, T>& c, const std::vector<Item>& items, int64_t edge,
+                int64_t planes, double operations, const F& f) {
   const WindowShape shape(c.taps, edge);
   const std::vector<Chunk> chunks =
       chunks_of(items, kChunkPixels / (edge * edge),
@@ -233,23 +270,49 @@ void for_chunks(const Convolution<S, T>& c, int64_t edge, int64_t planes, double
   });
 }
 
-inline int64_t most_blocks(const ChannelBlocks& blocks) {
-  size_t most = 1;
-  for (const auto& sample : blocks) most = std::max(most, sample.size());
-  return static_cast<int64_t>(most);
-}
-
 template <class S, class T>
 void convolve(const Convolution<S, T>& c, int64_t edge, double operations) {
-  for_chunks(c, edge, most_blocks(c.inputs), operations,
+  const std::vector<Item> items = items_of(c.wanted, c.lattice, edge);
+  for_chunks(c, items, edge, most_blocks(c.inputs), operations,
              [](ChunkWork<S, T>& work, int64_t) { work.run(); });
+}
+
+// Whether all source pixels of an item lie inside of the image.
+inline bool is_inside(const Item& item, const Taps& taps, int64_t rows, int64_t cols) {
+  const int64_t bottom = (item.y + item.rows - 1) * taps.step_y + taps.bottom;
+  const int64_t right = (item.x + item.cols - 1) * taps.step_x + taps.right;
+  return item.y * taps.step_y + taps.top >= 0 && bottom < rows &&
+         item.x * taps.step_x + taps.left >= 0 && right < cols;
+}
+
+// Whether every block is a line of neighbouring channels.
+inline bool whole_lines(const ChannelBlocks& blocks) {
+  for (const auto& sample : blocks) {
+    for (const Block& block : sample) {
+      if (block.runs != 1 || block.count != kLine) return false;
+    }
+  }
+  return true;
 }
 
 template <class S, class T>
 void convolve_depthwise(const Convolution<S, T>& c, int64_t edge, const bool* inputs, int64_t group,
                         double operations) {
-  const int64_t groups = c.target.channels / group;
-  for_chunks(c, edge, most_blocks(c.outputs), operations, [&](ChunkWork<S, T>& work, int64_t b) {
+  const int64_t groups = c.target.channels / group, planes = most_blocks(c.outputs);
+  std::vector<Item> items = items_of(c.wanted, c.lattice, edge);
+  if constexpr (std::is_same_v<S, T>) {
+    const int64_t elements = c.image.rows * c.image.cols * c.image.channels;
+    if (c.image.region == nullptr && inputs == nullptr && whole_lines(c.outputs) &&
+        elements <= std::numeric_limits<int32_t>::max()) {
+      const auto inside = std::stable_partition(items.begin(), items.end(), [&](const Item& i) {
+        return !is_inside(i, c.taps, c.image.rows, c.image.cols);
+      });
+      for_chunks(c, std::vector<Item>(inside, items.end()), edge, planes, operations,
+                 [&](ChunkWork<S, T>& work, int64_t) { work.run_inside(group); });
+      items.erase(inside, items.end());
+    }
+  }
+  for_chunks(c, items, edge, planes, operations, [&](ChunkWork<S, T>& work, int64_t b) {
     work.run_depthwise(inputs == nullptr ? nullptr : inputs + b * groups, group);
   });
 }

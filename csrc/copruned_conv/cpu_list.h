@@ -138,7 +138,16 @@ inline std::vector<Chunk> chunks_of(const std::vector<Item>& items, int64_t most
   return chunks;
 }
 
-// The size of the source window under an item, and where a lattice pixel and a tap lie in it.
+// Distances in the memory that holds source pixels, in elements.
+struct Pitch {
+  int64_t row, pixel;
+
+  int32_t shift(const Taps& taps, int64_t t) const {
+    return static_cast<int32_t>((taps.dy[t] - taps.top) * row + (taps.dx[t] - taps.left) * pixel);
+  }
+};
+
+// The size of the source window under an item.
 struct WindowShape {
   WindowShape(const Taps& taps, int64_t edge)
       : rows((edge - 1) * taps.step_y + taps.bottom - taps.top + 1),
@@ -147,9 +156,7 @@ struct WindowShape {
   int64_t rows, cols;
 
   int64_t plane() const { return rows * cols * kLine; }
-  int32_t shift(const Taps& taps, int64_t t) const {
-    return static_cast<int32_t>(((taps.dy[t] - taps.top) * cols + taps.dx[t] - taps.left) * kLine);
-  }
+  Pitch pitch() const { return {cols * kLine, kLine}; }
 };
 
 // The wanted pixels of a chunk: where their windows begin, and their places in the output.
@@ -161,21 +168,23 @@ struct PixelList {
   int64_t padded() const { return (count + kMaxPixels - 1) / kMaxPixels * kMaxPixels; }
 };
 
-inline void list_pixels(const std::vector<Item>& items, const Chunk& chunk, const Wanted& wanted,
-                        const Lattice& lattice, const Taps& taps, const WindowShape& shape,
-                        int64_t window_size, PixelList& list) {
+// base_of(item, number in the chunk) is where the item's first source pixel lies.
+template <class F>
+void list_pixels(const std::vector<Item>& items, const Chunk& chunk, const Wanted& wanted,
+                 const Lattice& lattice, const Taps& taps, const Pitch& pitch, const F& base_of,
+                 PixelList& list) {
   list.count = 0;
   for (int64_t i = chunk.first; i < chunk.last; ++i) {
     const Item& item = items[static_cast<size_t>(i)];
-    const int64_t base = (i - chunk.first) * window_size;
+    const int64_t base = base_of(item, i - chunk.first);
     for (int64_t r = 0; r < item.rows; ++r) {
       const int64_t y = lattice.origin_y + (item.y + r) * lattice.spread_y;
       const uint8_t* row = wanted.row(item.sample, y);
       for (int64_t c = 0; c < item.cols; ++c) {
         const int64_t x = lattice.origin_x + (item.x + c) * lattice.spread_x;
         if (!row[x]) continue;
-        list.offsets[list.count] =
-            static_cast<int32_t>(base + (r * taps.step_y * shape.cols + c * taps.step_x) * kLine);
+        list.offsets[list.count] = static_cast<int32_t>(base + r * taps.step_y * pitch.row +
+                                                        c * taps.step_x * pitch.pixel);
         list.places[list.count++] = static_cast<int32_t>(y * wanted.cols + x);
       }
     }

@@ -7,7 +7,7 @@
 
 namespace sapwood::copruned_conv {
 
-inline constexpr int64_t kGradientPixels = 128;  // of a chunk: windows and slopes share L1
+inline constexpr int64_t kGradientPixels = 64;  // of a chunk: windows, slopes and sums share L1
 
 // Which groups of which sample take part; masks (batch, groups), null for all.
 struct GroupMasks {
@@ -72,13 +72,15 @@ class GradientTask {
         list_(list),
         windows_(list.most * list.shape.plane()),
         slopes_((kGradientPixels + kMaxPixels) * kMaxFilters) {
-    for (int64_t t = 0; t < g.taps.count; ++t) shifts_[t] = list.shape.shift(g.taps, t);
+    for (int64_t t = 0; t < g.taps.count; ++t) shifts_[t] = list.shape.pitch().shift(g.taps, t);
   }
 
   void load(const Chunk& chunk, const Block& inputs, const Block& filters, int64_t width) {
     const int64_t plane = list_.shape.plane(), b = list_.sample(chunk);
     const Image<S> image = g_.source(b);
-    list_pixels(list_.items, chunk, g_.wanted, list_.lattice, g_.taps, list_.shape, plane, pixels_);
+    list_pixels(
+        list_.items, chunk, g_.wanted, list_.lattice, g_.taps, list_.shape.pitch(),
+        [&](const Item&, int64_t i) { return i * plane; }, pixels_);
     for (int64_t i = chunk.first; i < chunk.last; ++i) {
       const Item& item = list_.items[static_cast<size_t>(i)];
       SAPWOOD_ISA_CALL(load_window(image, item.y * g_.taps.step_y + g_.taps.top,

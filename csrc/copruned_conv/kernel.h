@@ -45,9 +45,10 @@ struct Target {
 };
 
 // Where the taps lie: in rows of `columns` taps, `spacing` pixels apart, or anywhere (columns 0).
+// Neighbouring pixels are `pitch` elements apart.
 struct TapShifts {
   const int32_t* shifts;
-  int64_t count, columns, spacing;
+  int64_t count, columns, spacing, pitch;
 };
 
 // Rung 1: one output in double. x (H, W, C) channels last, w (K, C, kh, kw) contiguous; `channel` is

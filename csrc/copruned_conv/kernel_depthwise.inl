@@ -49,7 +49,7 @@ SAPWOOD_TARGET void neighbouring_pixels(const T* pixel, const TapShifts& taps, c
     for (int s = 0; s < C; ++s) w[s] = load_vector(weights + s * kLine);
 #pragma GCC unroll 32
     for (int i = 0; i < kLines; ++i) {
-      const typename L::type x = load_vector(row + i * kLine);
+      const typename L::type x = load_vector(row + i * taps.pitch);
 #pragma GCC unroll 16
       for (int s = 0; s < C; ++s) {
         const int p = i - s * S;
@@ -102,7 +102,7 @@ SAPWOOD_TARGET void multiply_depthwise(const T* window, const int32_t* offsets, 
   const NeighbourKernel<T> neighbours = kernel_of<T>(taps);
   for (int64_t first = 0; first < pixels; first += kDepthwisePixels) {
     const int32_t* at = offsets + first;
-    const bool together = at[kDepthwisePixels - 1] - at[0] == (kDepthwisePixels - 1) * kLine;
+    const bool together = at[kDepthwisePixels - 1] - at[0] == (kDepthwisePixels - 1) * taps.pitch;
     for (int v = 0; v < L::vectors; ++v) {
       const int64_t lane = v * L::lanes;
       T* out = sums + first * kLine + lane;

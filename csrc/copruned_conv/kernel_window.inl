@@ -1,18 +1,23 @@
 // Moving pixels: windows in, results out. Compiled once per instruction set.
 namespace sapwood::copruned_conv::SAPWOOD_ISA {
 
+// Neighbouring channels; most runs are whole lines, so that these get a loop of fixed length.
+template <class S, class T>
+SAPWOOD_TARGET SAPWOOD_INLINE void copy_run(const S* __restrict from, int64_t count,
+                                            T* __restrict to) {
+  for (; count >= kLine; count -= kLine, from += kLine, to += kLine) {
+    for (int64_t c = 0; c < kLine; ++c) to[c] = static_cast<T>(from[c]);
+  }
+  for (int64_t c = 0; c < count; ++c) to[c] = static_cast<T>(from[c]);
+}
+
 // One line: the channels of a block of one pixel, in the type of the sums.
 template <class S, class T>
 SAPWOOD_TARGET SAPWOOD_INLINE void load_line(const S* pixel, const Block& block, T* line) {
-  if (block.runs == 1 && block.count == kLine) {
-    const S* from = pixel + block.run[0].first;
-    for (int64_t c = 0; c < kLine; ++c) line[c] = static_cast<T>(from[c]);
-    return;
-  }
   int64_t at = 0;
   for (int32_t r = 0; r < block.runs; ++r) {
-    const S* from = pixel + block.run[r].first;
-    for (int32_t c = 0; c < block.run[r].count; ++c) line[at++] = static_cast<T>(from[c]);
+    copy_run(pixel + block.run[r].first, block.run[r].count, line + at);
+    at += block.run[r].count;
   }
   for (; at < kLine; ++at) line[at] = T(0);
 }
@@ -65,8 +70,8 @@ SAPWOOD_TARGET void pack_weight_rows(const T* from, int64_t filters, const Block
     for (int32_t c = 0; c < inputs.run[r].count; ++c, row += filters, to += width) {
       int64_t at = 0;
       for (int32_t q = 0; q < outputs.runs; ++q) {
-        const T* run = row + outputs.run[q].first;
-        for (int32_t k = 0; k < outputs.run[q].count; ++k) to[at++] = run[k];
+        copy_run(row + outputs.run[q].first, outputs.run[q].count, to + at);
+        at += outputs.run[q].count;
       }
       for (; at < width; ++at) to[at] = T(0);
     }
@@ -100,8 +105,8 @@ SAPWOOD_TARGET void gather_pixels(const S* gradient, int64_t channels, const int
     const S* pixel = gradient + places[p] * channels;
     int64_t at = 0;
     for (int32_t r = 0; r < block.runs; ++r) {
-      const S* from = pixel + block.run[r].first;
-      for (int32_t k = 0; k < block.run[r].count; ++k) slopes[at++] = static_cast<T>(from[k]);
+      copy_run(pixel + block.run[r].first, block.run[r].count, slopes + at);
+      at += block.run[r].count;
     }
     for (; at < width; ++at) slopes[at] = T(0);
     slopes += width;
@@ -119,7 +124,7 @@ SAPWOOD_TARGET void store_pixels(const T* values, int64_t width, const int32_t* 
       const int64_t at = pixel + block.run[r].first, count = block.run[r].count;
       S* to = target.y + at;
       if (target.residual == nullptr) {
-        for (int64_t k = 0; k < count; ++k) to[k] = static_cast<S>(from[k]);
+        copy_run(from, count, to);
       } else {
         const S* add = target.residual + at;
         for (int64_t k = 0; k < count; ++k) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,23 +21,26 @@ class _Packed:
     """
 
     def __init__(self) -> None:
-        self._key: tuple[int, int, torch.dtype, torch.device] | None = None
+        self._owner: weakref.ref[Tensor] | None = None  # an address may be used again
+        self._key: tuple[int, int] | None = None
         self._weight: Tensor | None = None
 
     def __call__(self, weight: Tensor) -> Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_meta:
             return weight
-        key = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
-        if self._weight is None or self._key != key:
+        key = (weight._version, weight.data_ptr())
+        known = self._owner is not None and self._owner() is weight and self._key == key
+        if self._weight is None or not known:
             packed = weight.detach().permute(2, 3, 1, 0).contiguous()
-            self._key, self._weight = key, packed.permute(3, 2, 0, 1)
+            self._owner, self._key = weakref.ref(weight), key
+            self._weight = packed.permute(3, 2, 0, 1)
         return self._weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
         return _Packed()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_key": None, "_weight": None}
+        return {"_owner": None, "_key": None, "_weight": None}
 
 
 class CoPrunedConv2d(nn.Conv2d):
