@@ -31,7 +31,7 @@ def _kept(mask: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     if mask is None:
         nothing = torch.empty(0, dtype=torch.int64, device=like.device)
         return nothing, nothing
-    order = mask.to(torch.uint8).argsort(1, descending=True, stable=True)
+    order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     return order.contiguous(), mask.sum(1)
 
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "common/scratch.h"
-#include "copruned_conv/cpu_list.h"
+#include "copruned_conv/cpu_ahead.h"
 
 namespace sapwood::copruned_conv {
 
@@ -57,10 +57,11 @@ template <class S, class T>
 class ChunkWork {
  public:
   ChunkWork(const Convolution<S, T>& c, const std::vector<Item>& items, int64_t edge,
-            const Chunk& chunk, int64_t planes)
+            const Chunk& chunk, const Chunk& next, int64_t planes)
       : c_(c),
         items_(items),
         chunk_(chunk),
+        next_(next),
         shape_(c.taps, edge),
         sample_(items[static_cast<size_t>(chunk.first)].sample),
         inputs_(c.inputs[static_cast<size_t>(sample_)]),
@@ -77,7 +78,10 @@ class ChunkWork {
   }
 
   void run() {
-    for (const Block& block : outputs_) multiply_block(block);
+    for (size_t b = 0; b < outputs_.size(); ++b) {
+      look_ahead(static_cast<int64_t>(b));
+      multiply_block(outputs_[b]);
+    }
   }
 
   // Every channel with itself; `on` tells which channels of the image are not zero.
@@ -88,26 +92,30 @@ class ChunkWork {
       load_windows(outputs_.data() + first, count);
       for (int64_t b = 0; b < count; ++b) {
         const Block& block = outputs_[static_cast<size_t>(first + b)];
-        load_filters(block, on, group, b * shape_.plane());
+        if (on != nullptr) clear_channels(block, on, group, b * shape_.plane());
+        load_filters(block);
         multiply_line(block, windows_.get() + b * shape_.plane(), shape_.pitch());
       }
     }
   }
 
-  // The same without windows, for items whose source pixels all lie inside of the image.
-  void run_inside(int64_t group) {
+  // The same without windows, for items whose source pixels all lie inside of the image; item by item,
+  // so that the lines of a pixel are read one after another.
+  void run_inside() {
     const Image<S> image = c_.source(sample_);
     const Pitch pitch{image.cols * image.channels, image.channels};
-    list_pixels(
-        items_, chunk_, c_.wanted, c_.lattice, c_.taps, pitch,
-        [&](const Item& item, int64_t) {
-          return (item.y * c_.taps.step_y + c_.taps.top) * pitch.row +
-                 (item.x * c_.taps.step_x + c_.taps.left) * pitch.pixel;
-        },
-        list_);
-    for (const Block& block : outputs_) {
-      load_filters(block, nullptr, group, 0);
-      multiply_line(block, image.data + block.run[0].first, pitch);
+    for (int64_t i = chunk_.first; i < chunk_.last; ++i) {
+      list_pixels(
+          items_, Chunk{i, i + 1}, c_.wanted, c_.lattice, c_.taps, pitch,
+          [&](const Item& item, int64_t) {
+            return (item.y * c_.taps.step_y + c_.taps.top) * pitch.row +
+                   (item.x * c_.taps.step_x + c_.taps.left) * pitch.pixel;
+          },
+          list_);
+      for (const Block& block : outputs_) {
+        load_filters(block);
+        multiply_line(block, image.data + block.run[0].first, pitch);
+      }
     }
   }
 
@@ -123,21 +131,16 @@ class ChunkWork {
     }
   }
 
-  // Weights (taps, 16) and bias of a block. A channel that is off is cleared in the window at `plane`.
-  void load_filters(const Block& block, const bool* on, int64_t group, int64_t plane) {
+  // Weights (taps, 16) and bias of a block of a depthwise convolution.
+  void load_filters(const Block& block) {
+    SAPWOOD_ISA_CALL(pack_filters(c_.weights, c_.target.channels, c_.taps, block, weights_.get()));
     int64_t at = 0;
     for (int32_t r = 0; r < block.runs; ++r) {
-      for (int32_t i = 0; i < block.run[r].count; ++i, ++at) {
-        const int64_t channel = block.run[r].first + i;
-        if (on != nullptr && !on[channel / group]) clear_channel(plane, at);
-        load_filter(channel, at);
-        bias_[at] = c_.bias == nullptr ? T(0) : c_.bias[channel];
+      for (int32_t i = 0; i < block.run[r].count; ++i) {
+        bias_[at++] = c_.bias == nullptr ? T(0) : c_.bias[block.run[r].first + i];
       }
     }
-    for (; at < kLine; ++at) {
-      load_filter(-1, at);
-      bias_[at] = T(0);
-    }
+    std::fill(bias_ + at, bias_ + kLine, T(0));
   }
 
   // 16 channels whose first source pixel is at `source`.
@@ -152,19 +155,31 @@ class ChunkWork {
     store(block, kLine);
   }
 
-  void clear_channel(int64_t plane, int64_t at) {
-    for (int64_t i = chunk_.first; i < chunk_.last; ++i) {
-      T* line = windows_.get() + (i - chunk_.first) * planes_ * shape_.plane() + plane + at;
-      for (int64_t l = 0; l < shape_.rows * shape_.cols; ++l) line[l * kLine] = T(0);
+  // Zeros in the windows at `plane` for the channels that are off.
+  void clear_channels(const Block& block, const bool* on, int64_t group, int64_t plane) {
+    int64_t at = 0;
+    for (int32_t r = 0; r < block.runs; ++r) {
+      for (int32_t c = 0; c < block.run[r].count; ++c, ++at) {
+        if (on[(block.run[r].first + c) / group]) continue;
+        for (int64_t i = 0; i < chunk_.last - chunk_.first; ++i) {
+          T* line = windows_.get() + i * planes_ * shape_.plane() + plane + at;
+          for (int64_t l = 0; l < shape_.rows * shape_.cols; ++l) line[l * kLine] = T(0);
+        }
+      }
     }
   }
 
-  // One column of the weights (taps, 16); zeros for no channel.
-  void load_filter(int64_t channel, int64_t at) {
-    for (int64_t t = 0; t < c_.taps.count; ++t) {
-      const int64_t from = c_.taps.weight[t] * c_.target.channels + channel;
-      weights_.get()[t * kLine + at] = channel < 0 ? T(0) : c_.weights[from];
+  // Each block fetches its own outputs, and its share of the next chunk's pixels.
+  void look_ahead(int64_t b) {
+    ahead_list_.clear();
+    ahead_list_.add_outputs(list_, outputs_[static_cast<size_t>(b)], c_.sink(sample_));
+    if (c_.image.region == nullptr) {
+      const auto blocks = static_cast<int64_t>(outputs_.size());
+      const int64_t items = next_.last - next_.first;
+      ahead_list_.add_sources(c_.image, items_, next_.first + items * b / blocks,
+                              next_.first + items * (b + 1) / blocks, c_.taps, shape_);
     }
+    ahead_ = ahead_list_.get();
   }
 
   // All input channels for the filters of one block, slice by slice.
@@ -188,7 +203,7 @@ class ChunkWork {
     if (start != nullptr || c_.taps.count == 0) {  // nothing to add to the bias
       SAPWOOD_ISA_CALL(multiply(width, windows_.get(), list_.offsets, list_.padded(),
                                 static_cast<const Segment*>(nullptr), 0, weights_.get(),
-                                static_cast<const T*>(bias), sums_.get()));
+                                static_cast<const T*>(bias), sums_.get(), ahead_));
     }
     store(block, width);
   }
@@ -203,7 +218,7 @@ class ChunkWork {
     const auto flush = [&] {
       SAPWOOD_ISA_CALL(multiply(width, windows_.get(), list_.offsets, list_.padded(),
                                 static_cast<const Segment*>(segments), count, weights_.get(), start,
-                                sums_.get()));
+                                sums_.get(), ahead_));
       start = nullptr;
       count = rows = 0;
     };
@@ -212,9 +227,12 @@ class ChunkWork {
         if (count == kSegments || rows + inputs[b].count > most) flush();
         const auto plane = static_cast<int32_t>(b * shape_.plane());
         segments[count++] = {plane + shape_.pitch().shift(c_.taps, t), inputs[b].count};
-        const T* from = c_.weights + c_.taps.weight[t] * c_.image.channels * c_.target.channels;
-        SAPWOOD_ISA_CALL(pack_weight_rows(from, c_.target.channels, inputs[b], block, width,
-                                          weights_.get() + rows * width));
+        const int64_t size = c_.image.channels * c_.target.channels;
+        const int64_t next = c_.taps.weight[std::min(t + 1, c_.taps.count - 1)];
+        const T* from = c_.weights + c_.taps.weight[t] * size;
+        SAPWOOD_ISA_CALL(pack_weight_rows(from, c_.target.channels,
+                                          (next - c_.taps.weight[t]) * size, inputs[b], block,
+                                          width, weights_.get() + rows * width));
         rows += inputs[b].count;
       }
     }
@@ -231,7 +249,7 @@ class ChunkWork {
 
   const Convolution<S, T>& c_;
   const std::vector<Item>& items_;
-  const Chunk chunk_;
+  const Chunk chunk_, next_;
   const WindowShape shape_;
   const int64_t sample_;
   const std::vector<Block>& inputs_;
@@ -240,6 +258,8 @@ class ChunkWork {
   int64_t loaded_ = -1;   // the first of those in the windows
   Scratch<T> windows_, sums_, weights_;
   T bias_[kLine];  // of a depthwise block
+  AheadList ahead_list_;
+  Ahead ahead_{nullptr, nullptr};
   PixelList list_;
 };
 
@@ -261,11 +281,14 @@ void for_chunks(const Convolution<S, T>& c, const std::vector<Item>& items, int6
       chunks_of(items, kChunkPixels / (edge * edge),
                 planes * shape.plane() * static_cast<int64_t>(sizeof(T)));
   const auto count = static_cast<int64_t>(chunks.size());
-  parallel_dynamic(count, useful_workers(count, operations), [&](int64_t, int64_t i) {
+  const int64_t workers = useful_workers(count, operations);
+  parallel_dynamic(count, workers, [&](int64_t, int64_t i) {
     const Chunk& chunk = chunks[static_cast<size_t>(i)];
     const auto sample = static_cast<size_t>(items[static_cast<size_t>(chunk.first)].sample);
     if (c.outputs[sample].empty()) return;
-    ChunkWork<S, T> work(c, items, edge, chunk, planes);
+    const bool last = i + workers >= count;
+    const Chunk next = last ? Chunk{0, 0} : chunks[static_cast<size_t>(i + workers)];
+    ChunkWork<S, T> work(c, items, edge, chunk, next, planes);
     f(work, static_cast<int64_t>(sample));
   });
 }
@@ -308,7 +331,7 @@ void convolve_depthwise(const Convolution<S, T>& c, int64_t edge, const bool* in
         return !is_inside(i, c.taps, c.image.rows, c.image.cols);
       });
       for_chunks(c, std::vector<Item>(inside, items.end()), edge, planes, operations,
-                 [&](ChunkWork<S, T>& work, int64_t) { work.run_inside(group); });
+                 [](ChunkWork<S, T>& work, int64_t) { work.run_inside(); });
       items.erase(inside, items.end());
     }
   }

@@ -118,8 +118,8 @@ struct Chunk {
   int64_t first, last;
 };
 
-// Windows of a chunk shall lie in half of a 1 MiB L2.
-inline constexpr int64_t kWindowBytes = 320 * 1024;
+// Windows of a chunk, beside sums and weights, shall lie in a 1 MiB L2.
+inline constexpr int64_t kWindowBytes = 640 * 1024;
 inline constexpr int64_t kChunkPixels = 768;
 
 // At most `most` items each, fewer where their windows would be too large.

@@ -36,6 +36,14 @@ struct Image {
   int64_t tile;
 };
 
+// Ranges of memory that are needed soon; the register tiles fetch a few lines each in passing.
+struct Ahead {
+  struct Range {
+    const char *at, *end;
+  };
+  Range *next, *end;
+};
+
 // What is left of a sum over products when it is stored.
 template <class S>
 struct Target {

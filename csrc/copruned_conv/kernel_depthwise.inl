@@ -92,6 +92,15 @@ SAPWOOD_TARGET NeighbourKernel<T> kernel_of(const TapShifts& taps) {
   }
 }
 
+// Weights (taps, 16) of a block from those of all channels (taps of the kernel, channels).
+template <class T>
+SAPWOOD_TARGET void pack_filters(const T* weights, int64_t channels, const Taps& taps,
+                                 const Block& block, T* to) {
+  for (int64_t t = 0; t < taps.count; ++t, to += kLine) {
+    load_line(weights + taps.weight[t] * channels, block, to);
+  }
+}
+
 // sums (pixels, 16); weights (taps, 16). The list of offsets is padded to whole groups of pixels. The
 // order of additions is the same on both ways.
 template <class T>

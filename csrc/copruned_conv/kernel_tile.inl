@@ -69,15 +69,25 @@ SAPWOOD_TARGET SAPWOOD_INLINE void multiply_tile(const T* windows, const int32_t
   }
 }
 
+SAPWOOD_TARGET SAPWOOD_INLINE void fetch_lines(Ahead& ahead) {
+  constexpr int kLines = 10;  // a tile takes as long as 2000 products
+  for (int i = 0; i < kLines && ahead.next != ahead.end; ++i) {
+    __builtin_prefetch(ahead.next->at, 0, 2);
+    ahead.next->at += 64;
+    if (ahead.next->at >= ahead.next->end) ++ahead.next;
+  }
+}
+
 // Sums (pixels, V vectors) of all pixels of a chunk. They begin with the bias (start), or go on from
 // what `sums` holds (start null). The list of offsets is padded to whole tiles.
 template <int V, class T>
 SAPWOOD_TARGET void multiply_pixels(const T* windows, const int32_t* offsets, int64_t pixels,
                                     const Segment* segments, int64_t count, const T* weights,
-                                    const T* start, T* sums) {
+                                    const T* start, T* sums, Ahead& ahead) {
   using R = Registers<T>;
   for (int64_t p = 0; p < pixels; p += R::pixels) {
     T* tile = sums + p * V * R::lanes;
+    fetch_lines(ahead);
     multiply_tile<V>(windows, offsets + p, segments, count, weights,
                      start == nullptr ? tile : start, start == nullptr ? V * R::lanes : 0, tile);
   }
@@ -86,11 +96,11 @@ SAPWOOD_TARGET void multiply_pixels(const T* windows, const int32_t* offsets, in
 template <class T>
 SAPWOOD_TARGET void multiply(int64_t width, const T* windows, const int32_t* offsets,
                              int64_t pixels, const Segment* segments, int64_t count,
-                             const T* weights, const T* start, T* sums) {
+                             const T* weights, const T* start, T* sums, Ahead& ahead) {
   if (width == Registers<T>::lanes) {
-    multiply_pixels<1>(windows, offsets, pixels, segments, count, weights, start, sums);
+    multiply_pixels<1>(windows, offsets, pixels, segments, count, weights, start, sums, ahead);
   } else {
-    multiply_pixels<2>(windows, offsets, pixels, segments, count, weights, start, sums);
+    multiply_pixels<2>(windows, offsets, pixels, segments, count, weights, start, sums, ahead);
   }
 }
 

@@ -61,16 +61,22 @@ SAPWOOD_TARGET void load_window(const Image<S>& image, int64_t y0, int64_t x0, i
   }
 }
 
-// Rows of weights (count, N) for the filters of a block; `from` holds rows of all filters.
+// Rows of weights (count, N) for the filters of a block; `from` holds rows of all filters. The rows
+// `following` elements on, those of the next tap, are fetched meanwhile: a large weight lies far away.
 template <class T>
-SAPWOOD_TARGET void pack_weight_rows(const T* from, int64_t filters, const Block& inputs,
-                                     const Block& outputs, int64_t width, T* to) {
+SAPWOOD_TARGET void pack_weight_rows(const T* from, int64_t filters, int64_t following,
+                                     const Block& inputs, const Block& outputs, int64_t width,
+                                     T* to) {
   for (int32_t r = 0; r < inputs.runs; ++r) {
     const T* row = from + inputs.run[r].first * filters;
     for (int32_t c = 0; c < inputs.run[r].count; ++c, row += filters, to += width) {
       int64_t at = 0;
       for (int32_t q = 0; q < outputs.runs; ++q) {
-        copy_run(row + outputs.run[q].first, outputs.run[q].count, to + at);
+        const T* run = row + outputs.run[q].first;
+        const char* after = reinterpret_cast<const char*>(run + following);
+        __builtin_prefetch(after);
+        __builtin_prefetch(after + 64);
+        copy_run(run, outputs.run[q].count, to + at);
         at += outputs.run[q].count;
       }
       for (; at < width; ++at) to[at] = T(0);

@@ -153,14 +153,15 @@ void check_multiply(const Problem<T>& p, const bool* on, const Block& outputs) {
                           inputs[b].count});
       const size_t at = weights.size();
       weights.resize(at + static_cast<size_t>(inputs[b].count * width));
-      K::pack(by_tap.data() + t * p.channels * p.filters, p.filters, inputs[b], outputs, width,
-              weights.data() + at);
+      K::pack(by_tap.data() + t * p.channels * p.filters, p.filters, int64_t{0}, inputs[b], outputs,
+              width, weights.data() + at);
     }
   }
   const std::vector<T> bias(static_cast<size_t>(kMaxFilters), T(0.5));
   std::vector<T> sums(static_cast<size_t>(p.padded() * width));
   const auto half = p.padded() / 2 / kMaxPixels * kMaxPixels;
   const auto run = [&](int64_t first, int64_t count) {
+    Ahead ahead{nullptr, nullptr};
     K::multiply(width, windows.data(), p.offsets.data() + first, count,
                 static_cast<const Segment*>(segments.data()), static_cast<int64_t>(segments.size()),
                 static_cast<const T*>(weights.data()), static_cast<const T*>(bias.data()),

@@ -134,7 +134,8 @@ class CoPrunedConv2d(nn.Conv2d):
         return self.padding
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, tile={self.tile}, filter_group={self.filter_group}"
+        sizes: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{sizes}, tile={self.tile}, filter_group={self.filter_group}"
 
 
 class CoPrunedConvLSTMCell(nn.Module):

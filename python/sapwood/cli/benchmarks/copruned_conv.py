@@ -9,7 +9,7 @@ masks; ``masked`` multiplies the result by the masks, as networks do that are tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -135,21 +135,21 @@ def problem_of(case: ConvCase) -> Problem:
 
 def cases(*, quick: bool, device: str = "cpu", dtype: str = "float32") -> Iterator[ConvCase]:
     """The sweep: every op at a cut of 70 %, and in the full one more cuts and shapes."""
-    kind = {"dtype": dtype, "device": device}
-    main = (8, 64, 64, 56, 3)
-    yield ConvCase("copruned_conv2d", *main, 0.3, **kind)
-    yield ConvCase("copruned_conv2d", *main, 0.6, 0.5, **kind)
-    yield ConvCase("copruned_depthwise_conv2d", 8, 128, 128, 56, 7, 0.3, **kind)
-    yield ConvCase("copruned_conv2d_backward", *main, 0.3, **kind)
-    yield ConvCase("copruned_conv_lstm_step", 8, 64, 256, 32, 5, 0.3, **kind)
-    yield ConvCase("tile_list", *main, 0.3, **kind)
+    main = ConvCase("copruned_conv2d", 8, 64, 64, 56, 3, 0.3, dtype=dtype, device=device)
+    deep = replace(main, channels=128, filters=128, kernel=7)
+    yield main
+    yield replace(main, keep=0.6, filters_kept=0.5)
+    yield replace(deep, op="copruned_depthwise_conv2d")
+    yield replace(main, op="copruned_conv2d_backward")
+    yield replace(main, op="copruned_conv_lstm_step", filters=256, size=32, kernel=5)
+    yield replace(main, op="tile_list")
     if quick:
         return
     for keep in (1.0, 0.9, 0.7, 0.5, 0.15, 0.05):
-        yield ConvCase("copruned_conv2d", *main, keep, **kind)
-    yield ConvCase("copruned_conv2d", 1, 64, 64, 56, 3, 0.3, **kind)
-    yield ConvCase("copruned_conv2d", *main, 0.3, tile=4, **kind)
-    yield ConvCase("copruned_conv2d", 8, 128, 128, 28, 3, 0.3, **kind)
+        yield replace(main, keep=keep)
+    yield replace(main, batch=1)
+    yield replace(main, tile=4)
+    yield replace(main, channels=128, filters=128, size=28)
 
 
 # what is timed -----------------------------------------------------------------------------------
@@ -241,16 +241,18 @@ def kept(p: Problem) -> Tensor:
 def _exact(p: Problem) -> tuple[Tensor, ...]:
     """What a sapwood call returns, in float64."""
     x, w, b, slope, h, w_h = (t.double() for t in (p.x, p.weight, p.bias, p.slope, p.h, p.weight_h))
-    sizes = ([1, 1], [p.half] * 2, [1, 1], p.groups, p.case.tile, 16)
+    ones, half, sizes = [1, 1], [p.half] * 2, (p.groups, p.case.tile, 16)
     masks = (p.region, p.filters, None)
     if p.case.op == "copruned_conv2d_backward":
         needs = (True, True, False)
-        return reference.copruned_conv2d_backward(slope, x, w, *masks, *sizes, *needs)[:2]
+        return reference.copruned_conv2d_backward(
+            slope, x, w, *masks, ones, half, ones, *sizes, *needs
+        )[:2]
     if p.case.op == "copruned_conv_lstm_step":
         return reference.copruned_conv_lstm_step(x, h, h, w, w_h, b, p.region, tile=p.case.tile)
     if p.case.op == "tile_list":
         return reference.tile_list(p.region)
-    return (reference.copruned_conv2d(x, w, b, *masks, None, *sizes, "relu"),)
+    return (reference.copruned_conv2d(x, w, b, *masks, None, ones, half, ones, *sizes, "relu"),)
 
 
 def _error(case: ConvCase, provider: str, result: object) -> float:

@@ -43,7 +43,7 @@ def tile_mask(score: Tensor, *, threshold: float = 0.5, keep: float | None = Non
     if not 0 <= keep <= 1:
         _check.fail(ValueError, op, "keep", "lie in 0 to 1", keep)
     flat = torch.where(score.isnan(), -torch.inf, score).flatten(-2)
-    best = flat.argsort(-1, descending=True, stable=True)[..., : round(keep * flat.shape[-1])]
+    best = flat.argsort(dim=-1, descending=True, stable=True)[..., : round(keep * flat.shape[-1])]
     chosen = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, best, True)
     return chosen.view(score.shape) & ~score.isnan()
 

@@ -30,7 +30,8 @@ def _fold(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     if t is None:
         return None
     moved = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-    return moved.flatten(0, 1)
+    folded: Tensor = moved.flatten(0, 1)
+    return folded
 
 
 def _unfold(t: Tensor, size: int) -> Tensor:
