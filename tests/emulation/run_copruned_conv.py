@@ -15,8 +15,8 @@ import torch
 
 from tests.emulation.copruned_conv_checks import PROBLEMS
 
-ALL = ("main", "stride", "depthwise")
-REPEATED = ("main",)
+ALL = ("one-by-one", "dilated", "depthwise-stride")
+REPEATED = ("one-by-one",)
 
 
 def run(ops: Any, names: Iterable[str]) -> dict[str, str]:

@@ -113,14 +113,15 @@ def run(
     activation: str,
     expected_keep: float | None,
 ) -> Tensor:
-    """The checked call. With gradients, the activation that needs its argument stands alone."""
+    """The checked call. With gradients, an activation that needs its argument stands alone."""
     args = (x, weight, options, masks, expected_keep)
     chosen = _backend.choose(_NAME, _BACKENDS, *args)
+    fused = chosen.name in ("native", "triton")  # the others are made of torch's own ops
     apart = residual is not None or activation not in ("none", "relu", "leaky_relu")
-    if not (apart and _wants_gradient(x, weight, bias, residual)):
+    if not (fused and apart and _wants_gradient(x, weight, bias, residual)):
         y: Tensor = chosen.run(x, weight, bias, *masks, residual, *options.args, activation)
         return y
-    # All activations map 0 to 0, so that skipped outputs stay 0.
+    # All activations map 0 to 0, so that skipped outputs stay 0 (the masks are hard here).
     y = chosen.run(x, weight, bias, *masks, None, *options.args, "none")
     y = reference.ACTIVATIONS[activation](y)
     return y if residual is None else y + residual
