@@ -3,7 +3,7 @@
 
 #include "common/parallel.h"
 #include "common/scratch.h"
-#include "copruned_conv/arguments.h"
+#include "copruned_conv/cpu_arguments.h"
 
 namespace sapwood::copruned_conv {
 

@@ -5,7 +5,7 @@
 #include "common/cuda.h"
 #include "common/cuda_tensor.h"
 #include "common/registry.h"
-#include "copruned_conv/arguments.h"
+#include "copruned_conv/cpu_arguments.h"
 #include "copruned_conv/cuda_weight_grad.cuh"
 
 namespace sapwood::copruned_conv::device {
