@@ -114,6 +114,7 @@ FORWARD: list[tuple[str, dict[str, Any], tuple[int, ...], frozenset[str]]] = [
     ("no-input", {"inputs_on": 0.0, "activation": "gelu"}, (0, 1, 2), frozenset()),
     ("one-pixel", {"size": (1, 1), "batch": 1}, (0, 1, 2), frozenset()),
     ("no-sample", {"batch": 0}, (0, 1, 2), frozenset()),
+    ("no-output", {"size": (2, 9), "stride": 2, "padding": 0}, (0, 1, 2), frozenset()),
 ]
 
 

@@ -83,8 +83,8 @@ struct Sizes {
         "sapwood.", op, ": weight must have 1 to ", kMaxTaps, " taps, got ", geometry.taps());
     STD_TORCH_CHECK(o.tile >= 1 && o.filter_group >= 8, "sapwood.", op,
                     ": tile must be at least 1 and filter_group at least 8");
-    out_rows = std::max<int64_t>(0, geometry.output_size(0, rows));
-    out_cols = std::max<int64_t>(0, geometry.output_size(1, cols));
+    out_rows = geometry.output_size(0, rows);
+    out_cols = geometry.output_size(1, cols);
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     STD_TORCH_CHECK(rows * cols <= kMost && out_rows * out_cols <= kMost, "sapwood.", op,
                     ": input must have fewer than 2^31 pixels");

@@ -53,7 +53,8 @@ struct Geometry {
   int64_t taps() const { return kernel[0] * kernel[1]; }
   int64_t output_size(int axis, int64_t input) const {
     const int64_t reach = dilation[axis] * (kernel[axis] - 1) + 1;
-    return (input + 2 * padding[axis] - reach) / stride[axis] + 1;
+    const int64_t room = input + 2 * padding[axis] - reach;
+    return room < 0 ? 0 : room / stride[axis] + 1;
   }
 };
 

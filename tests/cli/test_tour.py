@@ -17,6 +17,7 @@ from sapwood.cli.chapters import (
     compare_ways,
     nearest_rows,
     prune_pack_run,
+    skipped_regions,
 )
 from sapwood.cli.packing import Timing
 from sapwood.report.page import Chapter, Section, Stat, Table
@@ -154,6 +155,14 @@ def test_nearest_rows_finds_what_it_planted() -> None:
     assert result.data["digits_right"] > 0.95
     assert result.data["speedup"] > 0
     assert "All 300 planted copies were found." in result.remarks
+
+
+def test_skipped_regions_are_exact_and_timed() -> None:
+    result = skipped_regions.run(Context(quick=True, seed=3, bars=None))  # type: ignore[arg-type]
+    assert result.data["error"] <= 1e-5
+    assert list(result.data["seconds"]) == ["0", "0.5", "0.7", "0.85"]
+    assert all(min(times.values()) > 0 for times in result.data["seconds"].values())
+    assert [row[0] for row in result.summary.rows] == ["0%", "50%", "70%", "85%"]
 
 
 @pytest.mark.slow

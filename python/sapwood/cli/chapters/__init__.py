@@ -15,7 +15,7 @@ from sapwood.cli.console import Bars
 from sapwood.report.page import Chapter as PageChapter
 from sapwood.report.page import Stat, Table
 
-CHAPTERS = ("prune_pack_run", "compare_ways", "nearest_rows")
+CHAPTERS = ("prune_pack_run", "compare_ways", "nearest_rows", "skipped_regions")
 
 
 @dataclass(frozen=True)
