@@ -40,4 +40,9 @@ SAPWOOD_LIBRARY(m) {
   m.def("splat2d(Tensor mu, Tensor chol, Tensor feat, Tensor? counts, int height, int width, float cutoff) -> Tensor");
   m.def("splat2d_backward(Tensor grad, Tensor mu, Tensor chol, Tensor feat, Tensor? counts, float cutoff, bool with_stats) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("splat2d_pairs(Tensor mu, Tensor chol, Tensor? counts, int height, int width, float cutoff) -> Tensor");
+
+  // copruned_conv: a convolution in which every sample has its own tiles and filter groups
+  m.def("copruned_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? region, Tensor? filters, Tensor? input_filters, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, int tile, int filter_group, str activation) -> Tensor");
+  m.def("copruned_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? region, Tensor? filters, Tensor? input_filters, int[] stride, int[] padding, int[] dilation, int groups, int tile, int filter_group, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("tile_list(Tensor mask) -> (Tensor items, Tensor count)");
 }

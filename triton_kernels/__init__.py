@@ -15,9 +15,16 @@ import torch
 
 from ._launch import INTERPRETED
 
-_FAMILIES = ("logsemiring", "masked_matmul", "similarity", "splat2d")
+_FAMILIES = ("copruned_conv", "logsemiring", "masked_matmul", "similarity", "splat2d")
 
-__all__ = ["logsemiring", "masked_matmul", "similarity", "splat2d", "why_not"]
+__all__ = [
+    "copruned_conv",
+    "logsemiring",
+    "masked_matmul",
+    "similarity",
+    "splat2d",
+    "why_not",
+]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MINIMUM_CAPABILITY = (8, 0)

@@ -139,7 +139,12 @@ def loop_over_batch(
 ) -> Any:
     """The vmap rule of last resort: one call per batch element, results stacked in front."""
     results = [
-        call(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+        call(
+            *(
+                a.select(d, i) if isinstance(a, torch.Tensor) and d is not None else a
+                for a, d in zip(args, in_dims, strict=True)
+            )
+        )
         for i in range(info.batch_size)
     ]
     if isinstance(results[0], tuple):

@@ -23,7 +23,7 @@ def run() -> list[Result]:
     """Runs every family's check; a failure is a result, not an exception.
 
     >>> [result.family for result in run()]
-    ['masked_matmul', 'logsemiring', 'similarity', 'splat2d', 'pruning']
+    ['masked_matmul', 'logsemiring', 'similarity', 'splat2d', 'copruned_conv', 'pruning']
 
     Returns:
         One result per family, in the order of ``FAMILIES``.
@@ -145,6 +145,33 @@ def _splat2d() -> str:
     return f"60 Gaussians, image and gradients: within {max(worst):.0e}"
 
 
+def _copruned_conv() -> str:
+    from torch.nn import functional as F
+
+    from sapwood import ops
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 32, 20, 20, generator=generator)
+    weight = torch.randn(32, 32, 3, 3, generator=generator)
+    region = ops.tile_mask(torch.rand(2, 5, 5, generator=generator), keep=0.4)
+    filters = torch.tensor([[True, False], [False, True]])
+    on = region.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+    on = on & filters.repeat_interleave(16, 1)[:, :, None, None]  # (2, 32, 20, 20)
+
+    leaf, wide = weight.clone().requires_grad_(), weight.double().requires_grad_()
+    y = ops.copruned_conv2d(x, leaf, None, region, filters, padding=1, tile=4)
+    exact = torch.where(on, F.conv2d(x.double(), wide, padding=1), 0.0)
+    (grad,) = torch.autograd.grad(y.square().sum(), leaf)
+    (exact_grad,) = torch.autograd.grad(exact.square().sum(), wide)
+    if y[~on].any():
+        raise ArithmeticError("copruned_conv2d gives what is skipped a value")
+    worst = max(
+        _difference("copruned_conv2d", y.detach(), exact.detach()),
+        _difference("the gradient of copruned_conv2d", grad, exact_grad),
+    )
+    return f"20 of 50 tiles, half of the filters, gradient: within {worst:.0e}"
+
+
 def _pruning() -> str:
     from sapwood import pruning
 
@@ -165,5 +192,6 @@ FAMILIES: dict[str, Callable[[], str]] = {
     "logsemiring": _logsemiring,
     "similarity": _similarity,
     "splat2d": _splat2d,
+    "copruned_conv": _copruned_conv,
     "pruning": _pruning,
 }

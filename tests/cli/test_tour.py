@@ -19,6 +19,7 @@ from sapwood.cli.chapters import (
     image_of_gaussians,
     nearest_rows,
     prune_pack_run,
+    skipped_regions,
 )
 from sapwood.cli.packing import Timing
 from sapwood.report.page import Chapter, Section, Stat, Table
@@ -182,6 +183,14 @@ def test_hidden_states_names_most_dice() -> None:
     assert result.data["decoded"] > 0.7
     assert result.data["speedup"] > 1
     assert "is 0." in result.remarks[0]
+
+
+def test_skipped_regions_are_exact_and_timed() -> None:
+    result = skipped_regions.run(Context(quick=True, seed=3, bars=None))  # type: ignore[arg-type]
+    assert result.data["error"] <= 1e-5
+    assert list(result.data["seconds"]) == ["0", "0.5", "0.7", "0.85"]
+    assert all(min(times.values()) > 0 for times in result.data["seconds"].values())
+    assert [row[0] for row in result.summary.rows] == ["0%", "50%", "70%", "85%"]
 
 
 @pytest.mark.slow

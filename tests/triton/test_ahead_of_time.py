@@ -9,6 +9,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from sapwood.triton_kernels import (  # noqa: E402
+    copruned_conv,
     logsemiring,
     masked_matmul,
     similarity,
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set")
 CAPABILITIES = (80, 87, 90, 110, 120)
 SHARED_BYTES = 99 * 1024  # what a block may use on the smallest of them
 ALIGNED = [["tt.divisibility", 16]]
-MODULES = (logsemiring, masked_matmul, similarity, splat2d)
+MODULES = (copruned_conv, logsemiring, masked_matmul, similarity, splat2d)
 
 
 def kernels() -> dict[str, list[Any]]:
@@ -85,6 +86,7 @@ def test_every_kernel_and_configuration_is_a_case() -> None:
         "join_kernel": [{"": similarity._JOIN}],
         "splat2d_kernel": [{0: splat2d._DRAW}],
         "splat2d_backward_kernel": [{0: splat2d._DIFFERENTIATE}],
+        "copruned_conv_kernel": [copruned_conv._CONFIG],
     }
     for name, group in tables.items():
         for config in (config for table in group for config in table.values()):

@@ -1,6 +1,15 @@
 """The kernels as torch ops. Importing this module loads the compiled library."""
 
 from sapwood.ops._dispatch import DispatchTable, calibrate
+from sapwood.ops.copruned_conv import (
+    copruned_conv2d,
+    copruned_conv_lstm_step,
+    copruned_depthwise_conv2d,
+    copruned_flops,
+    dilate_tile_mask,
+    tile_list,
+    tile_mask,
+)
 from sapwood.ops.logsemiring import (
     BestPath,
     MaxMatmul,
@@ -60,6 +69,11 @@ __all__ = [
     "SegmentPlan",
     "Splat2dGradients",
     "calibrate",
+    "copruned_conv2d",
+    "copruned_conv_lstm_step",
+    "copruned_depthwise_conv2d",
+    "copruned_flops",
+    "dilate_tile_mask",
     "explain",
     "kernel_cka",
     "linear_cka",
@@ -88,5 +102,7 @@ __all__ = [
     "splat2d",
     "splat2d_backward",
     "splat2d_pairs",
+    "tile_list",
+    "tile_mask",
     "unpack",
 ]

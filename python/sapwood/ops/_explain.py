@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import sapwood.ops.copruned_conv
 import sapwood.ops.logsemiring
 import sapwood.ops.masked_matmul
 import sapwood.ops.similarity  # noqa: F401  each registers how to explain its ops

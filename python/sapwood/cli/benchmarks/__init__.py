@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 #: Families with a benchmark module in this package.
-FAMILIES = ("masked_matmul", "logsemiring", "similarity", "splat2d")
+FAMILIES = ("masked_matmul", "logsemiring", "similarity", "splat2d", "copruned_conv")

@@ -19,6 +19,7 @@ CHAPTERS = (
     "prune_pack_run",
     "compare_ways",
     "nearest_rows",
+    "skipped_regions",
     "image_of_gaussians",
     "hidden_states",
     "shrink_and_run",

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from sapwood import _backend, _check
 from sapwood.ops import _dispatch
+from sapwood.ops._autocast import autocast
 from sapwood.ops.masked_matmul import _packed_specs as specs
 from sapwood.ops.masked_matmul import _triton
 from sapwood.ops.masked_matmul._layouts import FORMATS, TRANSPOSED, supported
 from sapwood.ops.masked_matmul._packed_weight import PackedWeight
-from sapwood.ops.masked_matmul._training import as_flat, autocast
+from sapwood.ops.masked_matmul._training import as_flat
 from sapwood.reference import masked_matmul as reference
 
 _NAME = "packed_linear"

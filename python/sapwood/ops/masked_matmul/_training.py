@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sapwood import _backend, _check
+from sapwood.ops._autocast import autocast
 from sapwood.ops.masked_matmul import _specs, _triton
 from sapwood.reference import masked_matmul as reference
 
@@ -33,18 +33,6 @@ _BACKENDS = (
 def as_flat(x: Tensor, features: int) -> Tensor:
     """(*, K) -> (B, K); spelled out because -1 is ambiguous when K is 0."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), features)
-
-
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Casts floating arguments as autocast would for F.linear."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return x, *others
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in (x, *others)
-    )
 
 
 def _checked(
