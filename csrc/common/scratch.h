@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <new>
+#include <utility>
 #include <vector>
 
 namespace sapwood {
@@ -53,26 +54,30 @@ class BlockCache {
   }
 };
 
-// Uninitialised memory for one call, aligned to a cache line; taken when it is first asked for.
+// Uninitialised memory for one call, aligned to a cache line; taken when it is first asked for, which
+// must happen before threads share it.
 template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
       : bytes_(static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T)) {}
+  Scratch(Scratch&& other) noexcept
+      : bytes_(other.bytes_), block_(std::exchange(other.block_, {nullptr, 0})) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  Scratch& operator=(Scratch&&) = delete;
   ~Scratch() {
     if (block_.address != nullptr) BlockCache::give_back(block_);
   }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
 
-  T* get() {
+  T* get() const {
     if (block_.address == nullptr) block_ = BlockCache::take(bytes_);
     return static_cast<T*>(block_.address);
   }
 
  private:
   size_t bytes_;
-  BlockCache::Block block_{nullptr, 0};
+  mutable BlockCache::Block block_{nullptr, 0};
 };
 
 }  // namespace sapwood

@@ -1,13 +1,9 @@
-// Tensors as the ops use them: typed pointers, the type to compute in, contiguous copies, scratch.
+// Tensors as the ops use them: typed pointers, the type to compute in, contiguous copies.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-
-#include <cstdint>
-#include <memory>
-#include <new>
 
 namespace sapwood {
 
@@ -37,21 +33,5 @@ inline Tensor contiguous_as(const Tensor& t, ScalarType type) {
   const Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
   return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
-
-// Uninitialised memory for one call, aligned to a cache line.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), kAlign))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, kAlign); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 }  // namespace sapwood

@@ -7,6 +7,7 @@
 
 #include "common/checks.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/tensor.h"
 #include "masked_matmul/kernel.h"
 
