@@ -148,9 +148,31 @@ def test_attention_joins_queries_and_keys_and_hands_on_values() -> None:
     q, k, v = found["blocks.0.attention.qkv.weight"].writes.view(3, 64)
     assert torch.equal(q, k)
     assert torch.equal(found["blocks.0.attention.out.weight"].reads, v)
-    assert torch.equal(
-        found["blocks.0.project.weight"].writes, found["blocks.3.project.weight"].writes
-    )
+    stream = found["blocks.0.project.weight"].writes
+    assert torch.equal(stream, found["blocks.3.project.weight"].writes)
+    assert torch.equal(stream, found["embed.weight"].writes)
+    assert torch.equal(stream, found["blocks.0.attention.qkv.weight"].reads)  # past the class token
+
+
+def test_embeddings_write_a_stream_and_shared_heads_are_followed() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(7, 6)
+            self.shared, self.back = nn.Linear(6, 2), nn.Linear(4, 6)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x: Tensor = self.embed(ids)
+            y: Tensor = self.back(self.shared(x).repeat_interleave(2, 2))
+            return x + y
+
+    model = Tokens()
+    ids = torch.randint(7, (3, 5))
+    weights = {n: p for n, p in model.named_parameters() if n in MaskSet.dense(model)}
+    found = {layer.name: layer for layer in observe(model, ids, weights).layers}
+    shared, back = found["shared.weight"], found["back.weight"]
+    assert torch.equal(shared.reads, back.writes)
+    assert torch.equal(back.reads, shared.writes.repeat_interleave(2))
 
 
 def test_values_are_not_compared_with_queries() -> None:

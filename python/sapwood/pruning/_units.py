@@ -31,7 +31,7 @@ def _words(text: str) -> frozenset[str]:
 _WEIGHTED = _words("linear conv1d conv2d conv3d")
 _MOVING = _words(
     "reshape view flatten unflatten permute transpose movedim swapaxes unsqueeze squeeze expand "
-    "expand_as repeat chunk split unbind getitem select narrow roll flip t index_select "
+    "expand_as repeat repeat_interleave chunk split unbind getitem select narrow roll flip t index_select "
     "pixel_shuffle pixel_unshuffle channel_shuffle"
 )
 _JOINING = _words("add sub mul div truediv addcmul maximum minimum where lerp")
@@ -156,6 +156,8 @@ class _Observer(TorchFunctionMode):
             self._multiplied(result, args)
         elif name == "index_add":
             self._index_added(result, args)
+        elif name == "embedding":
+            self._tag(result, self._along(self._fresh(result.shape[-1]), result, -1))
         return result
 
     def _fresh(self, count: int) -> Tensor:
@@ -206,12 +208,17 @@ class _Observer(TorchFunctionMode):
         self.layers.append(Layer(name, rows, reads, writes, groups, square))
 
     def _channels(self, x: Tensor, axis: int) -> Tensor:
-        """(C,) the units along one axis; unknown where they differ between places."""
+        """(C,) the units along one axis; unknown where they differ between places.
+
+        Places where nothing is known, such as that of a class token, do not count.
+        """
         ids = self._of(x)
         if ids is None:
             return torch.full((x.shape[axis],), _UNKNOWN)
         rows = ids.movedim(axis, -1).flatten(0, -2)
-        return torch.where((rows == rows[:1]).all(0), rows[0], _UNKNOWN)
+        highest = rows.amax(0)
+        lowest = torch.where(rows == _UNKNOWN, highest, rows).amin(0)
+        return torch.where(lowest == highest, highest, _UNKNOWN)
 
     def _moved(
         self, func: Callable[..., Any], result: Any, args: Any, kwargs: dict[str, Any]
