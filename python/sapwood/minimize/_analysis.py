@@ -15,12 +15,14 @@ from torch.utils import _pytree
 from sapwood.minimize._atoms import Atoms
 from sapwood.minimize._facts import CONSTANT, LIVE, Facts, demote, no_facts
 from sapwood.minimize._leaves import behind
+from sapwood.minimize._promises import Promises, channel_axis
 from sapwood.minimize._trace import Inputs, Traced, owners, traced
 from sapwood.minimize.layers import Edit, Layer, cut, indices
 from sapwood.minimize.plan import ChannelGroup, Refusal
 from sapwood.minimize.rules import RULES, Step, map_facts, opaque, tensors_in
 
 __all__ = [
+    "INPUT",
     "OUTPUT",
     "Analysis",
     "Balance",
@@ -33,6 +35,8 @@ __all__ = [
 
 #: Why the channels of the result stay: no refusal, but the contract.
 OUTPUT = "output of the model"
+#: Why the channels of an argument stay.
+INPUT = "input of the model"
 
 #: Given a test for kept atoms, the atoms that must stay too.
 Balance = Callable[[Callable[[Tensor], Tensor]], Tensor]
@@ -45,8 +49,7 @@ class Options:
     border: str = "table"
     keep: tuple[str, ...] = ()
     round_to: int = 1
-    tails: bool = True
-    inputs: dict[str, Any] = field(default_factory=dict)
+    promises: Promises = field(default_factory=Promises)
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -145,7 +148,19 @@ class Analysis:
         return replace(facts, fields=self._labels[name], source=None)
 
     def _input(self, name: str, value: Tensor) -> Facts:
-        return no_facts(value, LIVE)
+        promised = self.options.promises.constants.get(name)
+        facts = no_facts(value, LIVE)
+        if not promised:
+            return facts
+        axis = channel_axis(value)
+        width = value.shape[axis]
+        atoms = self.atoms.new(width, name)
+        self.atoms.pin(atoms, INPUT)
+        shape = [1] * value.dim()
+        shape[axis] = width
+        kind = torch.full((width,), LIVE, dtype=torch.uint8)
+        kind[list(promised)] = CONSTANT
+        return replace(facts, kind=kind.reshape(shape), fields=(atoms.reshape(shape),))
 
     def _call(self, node: fx.Node, environment: dict[fx.Node, Any]) -> Any:
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: environment[n])
@@ -274,7 +289,7 @@ class Outcome:
             if space.start in loose:
                 continue  # positions of a table, say: its channels are those of a layer
             for reason, count in self._reasons(space.atoms).items():
-                if reason != OUTPUT:
+                if reason not in (OUTPUT, INPUT):
                     found.append(Refusal(space.name, count, reason))
         return found
 

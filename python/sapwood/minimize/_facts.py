@@ -14,7 +14,6 @@ __all__ = [
     "CONSTANT",
     "LIVE",
     "Facts",
-    "Tail",
     "align",
     "compress",
     "demote",
@@ -32,14 +31,6 @@ _SAME = 1e-12
 
 
 @dataclass(frozen=True)
-class Tail:
-    """Channels after a LayerNorm or RMSNorm whose input was constant: affine in two features."""
-
-    norm: str
-    mask: Tensor  # (channels,) bool, along the axis that the norm's field varies on
-
-
-@dataclass(frozen=True)
 class Facts:
     """One traced tensor.
 
@@ -50,7 +41,6 @@ class Facts:
     value: Tensor
     kind: Tensor
     fields: tuple[Tensor, ...] = ()
-    tail: Tail | None = None
     source: str | None = None  # the parameter or buffer that this is, unchanged
 
     @property

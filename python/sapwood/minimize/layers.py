@@ -77,8 +77,8 @@ class Affine(Layer):
         rows = self.rows(holds)
         width = self.connected.shape[1]
         kept = torch.ones(width, dtype=torch.bool) if self.reads is None else holds(self.reads)
-        edits = self._folds(rows, kept)
         columns = self._selected(rows, kept)
+        edits = self._folds(rows, columns)
         out_axis, in_axis = (1, 0) if self.transposed else (0, 1)
         if not bool(columns.all()):
             edits.append(cut(self.weight, in_axis, columns))
@@ -110,7 +110,7 @@ class Affine(Layer):
         """The columns to read: fewer than the kept ones where picking them saves storage."""
         if not self.selectable:
             return kept
-        used = self.connected[rows].any(0) & kept
+        used = self.connected[rows].any(0) & kept & ~self.foldable
         if not bool(used.any()):
             return kept
         saved = int((kept & ~used).sum()) * int(rows.sum())

@@ -30,7 +30,6 @@ class ChannelView:
     kinds: Tensor  # (n,) uint8, the largest over positions
     constants: Tensor  # (n,) float64, meaningful where ``uniform``
     uniform: Tensor  # (n,) bool: a constant, equal at all positions
-    tail: Tensor  # (n,) bool: affine in two features of a norm
     rest: tuple[Tensor, ...]  # fields along other axes
 
 
@@ -49,8 +48,7 @@ def channel_view(step: Step, facts: Facts, axis: int) -> ChannelView:
         uniform = uniform & close(rows, rows[:, :1]).all(1)
     uniform = uniform & torch.isfinite(constants)
     constants = torch.where(uniform, constants, 0.0)
-    tail = torch.zeros(size, dtype=torch.bool) if facts.tail is None else facts.tail.mask
-    return ChannelView(vector, kinds, constants, uniform, tail, rest)
+    return ChannelView(vector, kinds, constants, uniform, rest)
 
 
 def row_kinds(connected: Tensor, kinds: Tensor) -> Tensor:

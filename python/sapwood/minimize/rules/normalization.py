@@ -11,9 +11,7 @@ from sapwood.minimize._facts import (
     BY_POSITION,
     BY_SIZE,
     CONSTANT,
-    LIVE,
     Facts,
-    Tail,
     compress,
     reduce_to_axis,
 )
@@ -145,12 +143,11 @@ def _normalised(step: Step, path: str, x: Facts, gain: Facts | None, shift: Fact
         shape = [1] * (x.ndim - 1) + [-1]
         zero = (gain.value == 0).reshape(shape)
         kind = torch.where(zero, CONSTANT, kind.expand(*kind.shape[:-1], zero.shape[-1]))
-    fields, tail = view.rest, None
+    fields = view.rest
     if view.atoms is not None:
         step.analysis.layers.append(Normalization(path, view.atoms, view.uniform, view.constants))
         fields = (*fields, view.atoms.reshape([1] * (x.ndim - 1) + [-1]))
-        tail = Tail(path, view.uniform & (kind.reshape(-1, x.shape[-1]).amax(0) == LIVE))
-    return Facts(step.value, compress(kind.to(torch.uint8)), fields, tail)
+    return Facts(step.value, compress(kind.to(torch.uint8)), fields)
 
 
 def compensated(step: Step, site: Site, x: Facts) -> Any:

@@ -114,8 +114,7 @@ def _norm(source: nn.Module, target: nn.Module, edit: Edit) -> None:
         ((nn.GroupNorm, CompensatedGroupNorm), CompensatedGroupNorm),
     ]
     compensated = next(made for types, made in kinds if isinstance(norm, types))
-    options = {"tail": edit["tail"]} if edit.get("tail") else {}
-    small = compensated.from_norm(norm, keep, constants, **options)
+    small = compensated.from_norm(norm, keep, constants)
     replace_module(target, edit["module"], small.to(device=device, dtype=dtype))
 
 
