@@ -135,8 +135,8 @@ def convnext_micro(image_shape: ImageShape = (3, 32, 32), classes: int = 10) -> 
         torch.Size([2, 10])
 
     Args:
-        image_shape: (channels, height, width) of the inputs, height and width at least 8. The patches
-            of the stem have 4 pixels from 32 on, 2 from 16 on, else 1.
+        image_shape: (channels, height, width) of the inputs, height and width at least 8. Patches of
+            the stem are 4 pixels wide from 32 on, 2 from 16 on, else 1.
         classes: outputs.
 
     Returns:
