@@ -135,7 +135,7 @@ def convnext_micro(image_shape: ImageShape = (3, 32, 32), classes: int = 10) -> 
         torch.Size([2, 10])
 
     Args:
-        image_shape: (channels, height, width) of the inputs, height and width at least 8. Patches of
+        image_shape: (channels, height, width) of the inputs, both sizes at least 8. Patches of
             the stem are 4 pixels wide from 32 on, 2 from 16 on, else 1.
         classes: outputs.
 
