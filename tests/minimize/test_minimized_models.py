@@ -101,7 +101,7 @@ def test_same_function_in_float64(name: str) -> None:
     assert report.macs_after < report.macs_before
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["vgg_bn", "any_size_resnet", "convnext", "vit", "small_gpt"])
 def test_another_seed(name: str) -> None:
     case = CASES[name]
     model = case.make(1)

@@ -99,7 +99,7 @@ def _planned(plain: nn.Module, inputs: Inputs, options: Options) -> _Planned:
     with traced(exact, wide) as trace:
         found = find_attentions(exact, wide, trace)
         outcome = None if found.edits else analysed_trace(exact, trace, options)
-    common = operate(exact, found.edits.values()).requires_grad_(True)
+    common = operate(exact, found.edits.values()).requires_grad_(True) if found.edits else exact
     if outcome is None:
         outcome = analysed(common, wide, options)
     small, problem = _tried(common, outcome, wide)
@@ -110,7 +110,8 @@ def _planned(plain: nn.Module, inputs: Inputs, options: Options) -> _Planned:
         if problem is not None:
             raise MinimizeError(f"sapwood.minimize: the rewrite must compute the same: {problem}")
     edits = [*_needed(found, outcome.edits), *outcome.edits]
-    small = operate(exact, edits)
+    if found.edits:
+        small = operate(exact, edits)  # with attention that nothing was cut of as it was written
     plan = Plan(
         outcome.groups(),
         edits,
