@@ -25,8 +25,7 @@ from sapwood.minimize import (
 from sapwood.minimize import api as minimize_api
 from sapwood.nn import MaskedConv2d, MaskedLinear
 from sapwood.pruning import MaskMatchError, MaskSet
-from tests.minimize.planting import kept, refusals
-from tests.minimize.test_rules import Net, chain, dead, random, unread
+from tests.minimize.planting import Net, chain, dead, kept, random, refusals, unread
 
 
 def small_net() -> nn.Sequential:
