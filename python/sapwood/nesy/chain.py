@@ -6,7 +6,6 @@ engine back into Python and the gradients of every slice; here one node walks th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,9 +123,9 @@ class _Chain(torch.autograd.Function):
             way.put(reference.slot, reference.position, grad)
         first = len(ctx.shapes) - len(steps.groups)
         for number in range(len(steps.groups) - 1, -1, -1):
-            grad = way.grads.pop(first + number) if first + number in way.grads else None
-            if grad is not None:
-                _step_back(steps.groups[number], ctx.records[number], grad, way)
+            if first + number in way.grads:
+                own = way.grads.pop(first + number)
+                _step_back(steps.groups[number], ctx.records[number], own, way)
         return (None, *(way.grads.get(s) for s in range(first)))
 
 
@@ -174,8 +173,7 @@ def _step_back(group: Group, record: _Record, grad: Tensor, way: _WayBack) -> No
     assert record.terms is not None
     assert record.result is not None
     assert group.lists is not None
-    shift = record.result.masked_fill(record.result == -math.inf, 0.0).unsqueeze(-1)
-    share = (record.terms - shift).exp_().mul_(grad.unsqueeze(-1))
+    share = listed.shares(record.terms, record.result, grad)
     shapes = [way._shapes[s] for s in group.reads]
     for slot, own in zip(
         group.reads, listed.spread(group.lists, record.index, share, shapes), strict=True

@@ -25,7 +25,7 @@ def log_sum(x: Tensor) -> Tensor:
 
 
 class Places:
-    """Where values of data lie in a support, as a tensor computation."""
+    """Where values of data lie in a support, counted from 1, as a tensor computation."""
 
     _known: ClassVar[dict[Support, Places]] = {}
 
@@ -50,17 +50,17 @@ class Places:
         return found
 
     def __call__(self, values: Tensor) -> Tensor:
-        """(...) values to int64 places; those of no value are the number of values, or -1."""
+        """(...) values to int64 places; 0 or one more than there are values for unknown ones."""
         if self.first is not None and not values.is_floating_point():
-            shifted = values.long() - self.first if self.first else values.long()
-            return shifted.clamp(-1, self.count)
+            shifted = values.long() - (self.first - 1) if self.first != 1 else values.long()
+            return shifted.clamp(0, self.count + 1)
         if len(self._values) == 0:
-            return torch.full_like(values, self.count, dtype=torch.int64)
+            return torch.zeros_like(values, dtype=torch.int64)
         wide = values.double()
         known = self._values.to(values.device)
         near = torch.searchsorted(known, wide).clamp(max=len(known) - 1)
         places = self._places.to(values.device)[near]
-        return torch.where(known[near] == wide, places, self.count)
+        return torch.where(known[near] == wide, places + 1, 0)
 
 
 class Execution:
@@ -149,7 +149,7 @@ class Execution:
         ):
             values = [self._columns[i].values for i in instances]
             stacked = values[0].unsqueeze(0) if len(values) == 1 else torch.stack(values)
-            places = Places.of(support)(stacked).remainder(size)  # -1 becomes the last one
+            places = Places.of(support)(stacked)
             total = places if total is None else total * size + places
         assert total is not None
         return total if self._copies == 1 else total.repeat_interleave(self._copies, 1)

@@ -71,6 +71,12 @@ def terms(lists: Lists, evidence: Tensor | None, slots: Sequence[Tensor]) -> Ten
     return picked(lists, lists.index(evidence, rows(evidence, slots), slots[0]), slots)
 
 
+def shares(entries: Tensor, result: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the entries given that of their log-sum-exp: 0 where no mass is."""
+    shift = result.masked_fill(result == -math.inf, 0.0).unsqueeze(-1)
+    return (entries - shift).exp_().mul_(grad.unsqueeze(-1))
+
+
 def spread(
     lists: Lists, index: Tensor, share: Tensor, shapes: Sequence[torch.Size]
 ) -> list[Tensor]:
