@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -247,3 +249,86 @@ def test_a_layer_never_becomes_empty() -> None:
     small, report = minimized(model, random(5, 4))
     assert len(kept(report, "0")) == 1
     assert small(random(5, 4)).shape == (5, 5)
+
+
+# What carries removed channels through a norm
+
+
+def behind_norm(norm: nn.Module) -> nn.Sequential:
+    """Four of eight channels are constants in front of the norm, with readers behind it."""
+    model = chain(nn.Linear(5, 8), norm, nn.Linear(8, 3))
+    for channel, constant in ((1, 0.6), (2, -0.9), (4, 0.3), (6, 1.2)):
+        dead(model[0], channel, bias=constant)
+    return model
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8)], ids=["layer", "rms"])
+def test_features_of_a_norm_carry_what_its_readers_still_use(norm: nn.Module) -> None:
+    model = behind_norm(norm)
+    small, report = minimized(model, random(6, 5))
+    assert kept(report, "0") == [0, 3, 5, 7]
+    features = 2 if isinstance(norm, nn.LayerNorm) else 1
+    assert small[2].in_features == 4 + features  # type: ignore[index]
+    again, second = minimized(small, random(6, 5))
+    assert second.plan.edits == []
+    assert torch.equal(again(random(6, 5)), small(random(6, 5)))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8)], ids=["layer", "rms"])
+def test_features_move_with_what_later_passes_remove(norm: nn.Module) -> None:
+    small, _ = minimized(behind_norm(norm), random(6, 5))
+    dead(small[0], 1, bias=-2.0)  # type: ignore[index]
+    smaller, report = minimized(small, random(6, 5))
+    assert kept(report, "0") == [0, 2, 3]
+    assert smaller[1].total == 8  # type: ignore[index]
+    assert smaller[2].in_features == small[2].in_features - 1  # type: ignore[index]
+
+
+def test_features_go_through_permutations_into_a_strided_convolution() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.norm(m.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return m.down(y) + m.other(y)
+
+    layers = {
+        "stem": nn.Conv2d(2, 8, 1),
+        "norm": nn.LayerNorm(8),
+        "down": nn.Conv2d(8, 3, 2, stride=2),
+        "other": nn.Conv2d(8, 3, 1, stride=2, bias=False),
+    }
+    model = prepared(Net(forward, **layers))
+    for channel in (1, 2, 4, 6):
+        dead(model.stem, channel, bias=0.3 * channel)
+    small, report = minimized(model, random(2, 2, 6, 6))
+    assert kept(report, "stem") == [0, 3, 5, 7]
+    assert small.down.in_channels == small.other.in_channels == 6  # type: ignore[union-attr]
+    assert small.other.bias is not None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("reader", ["activation", "padding", "output"])
+def test_a_reader_that_is_not_linear_per_token_blocks_the_features(reader: str) -> None:
+    functions: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+        "activation": lambda m, y: m.head(y.permute(0, 3, 1, 2)) + m.head2(F.relu(y)).mean(),
+        "padding": lambda m, y: m.padded(y.permute(0, 3, 1, 2)),
+        "output": lambda m, y: y,
+    }
+    layers = {
+        "stem": nn.Conv2d(2, 8, 1),
+        "norm": nn.LayerNorm(8),
+        "head": nn.Conv2d(8, 3, 1),
+        "head2": nn.Linear(8, 3),
+        "padded": nn.Conv2d(8, 3, 3, padding=1),
+    }
+    function = functions[reader]
+    model = prepared(Net(lambda m, x: function(m, m.norm(m.stem(x).permute(0, 2, 3, 1))), **layers))
+    for channel in (1, 2, 4, 6):
+        dead(model.stem, channel, bias=0.3 * channel)
+    _, report = minimized(model, random(2, 2, 6, 6))
+    assert kept(report, "stem") == list(range(8))
+
+
+def test_features_that_save_no_column_are_not_made() -> None:
+    model = chain(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    dead(model[0], 1, bias=0.6)
+    dead(model[0], 2, bias=-0.6)
+    _, report = minimized(model, random(6, 5))
+    assert kept(report, "0") == [0, 1, 2, 3]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapwood.minimize._tails import Tail
+
 __all__ = [
     "BY_POSITION",
     "BY_SIZE",
@@ -41,6 +43,7 @@ class Facts:
     value: Tensor
     kind: Tensor
     fields: tuple[Tensor, ...] = ()
+    tail: Tail | None = None
     source: str | None = None  # the parameter or buffer that this is, unchanged
 
     @property
