@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 
 class LPValue(IntEnum):
-    """Truth values of the Logic of Paradox: false, both, true."""
+    """Truth values of the Logic of Paradox: false, both, true.
+
+    Example:
+        >>> from sapwood import nesy
+        >>> nesy.LP.conjunction(nesy.LPValue.BOTH, nesy.LPValue.TRUE).designated
+        True
+    """
 
     FALSE = 0
     BOTH = 1
