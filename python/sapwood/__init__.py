@@ -2,7 +2,8 @@
 
 Submodules are imported on first use: ``sapwood.ops`` (the kernels), ``sapwood.nn`` (modules),
 ``sapwood.pruning`` (masks, schedules, pruners), ``sapwood.minimize`` (masked networks made small),
-``sapwood.gaussian`` (images made of Gaussians). ``python -m sapwood`` reports on the installation.
+``sapwood.gaussian`` (images made of Gaussians), ``sapwood.nesy`` (sentences as losses).
+``python -m sapwood`` reports on the installation.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sapwood import _load
 
 if TYPE_CHECKING:
-    from sapwood import data, gaussian, minimize, nn, ops, pruning, reference, report
+    from sapwood import data, gaussian, minimize, nesy, nn, ops, pruning, reference, report
     from sapwood._backend import backend
     from sapwood._check import check_values
     from sapwood.ops._explain import explain
@@ -28,6 +29,7 @@ __all__ = [
     "explain",
     "gaussian",
     "minimize",
+    "nesy",
     "nn",
     "ops",
     "pruning",
@@ -35,7 +37,17 @@ __all__ = [
     "report",
 ]
 
-_SUBMODULES = ("data", "gaussian", "minimize", "nn", "ops", "pruning", "reference", "report")
+_SUBMODULES = (
+    "data",
+    "gaussian",
+    "minimize",
+    "nesy",
+    "nn",
+    "ops",
+    "pruning",
+    "reference",
+    "report",
+)
 _FUNCTIONS = {
     "backend": "sapwood._backend",
     "explain": "sapwood.ops._explain",

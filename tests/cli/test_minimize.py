@@ -145,7 +145,6 @@ def test_other_networks_and_options(invoke: Invoke, tmp_path: Path) -> None:
         (["--sparsity", "1.5"], "first_sparsity must"),
         (["--factor", "0"], r"nnz_factor must lie in (0, 1), got 0.0"),
         (["--max-drop", "-1"], "max_drop must be at least 0"),
-        (["--arch", "convnext_micro"], "image_shape must be at least 16 x 16"),
         (["--task", "mnist"], "needs --data DIR"),
         (["--limit", "15"], "--limit must be a multiple of the 10 classes"),
         (["--run", "nowhere"], "--run must be a folder of 'sapwood prune', got no"),

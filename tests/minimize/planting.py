@@ -1,8 +1,8 @@
-"""Masks with everything that minimization must find: dead inputs, dead outputs, constants."""
+"""Networks and masks with everything that minimization must find: dead units, constants."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -88,3 +88,50 @@ def kept(report: MinimizeReport, group: str) -> list[int]:
 def refusals(report: MinimizeReport) -> str:
     """All refusals as one text."""
     return "\n".join(str(refusal) for refusal in report.refusals)
+
+
+class Net(nn.Module):
+    """Named layers and a forward pass given as a function."""
+
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.function = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def chain(*layers: nn.Module) -> nn.Sequential:
+    """Layers in a row, in float64 and evaluation mode, with lively norms."""
+    torch.manual_seed(0)
+    return prepared(nn.Sequential(*layers))  # type: ignore[return-value]
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+    return model.double().eval()
+
+
+def dead(layer: nn.Module, row: int, bias: float | None = None) -> None:
+    """Zeroes a row of a weight; its bias becomes the unit's constant."""
+    layer.weight.data[row] = 0.0  # type: ignore[union-attr,operator,index]
+    if bias is not None:
+        layer.bias.data[row] = bias  # type: ignore[union-attr,operator,index]
+
+
+def unread(layer: nn.Module, column: int) -> None:
+    layer.weight.data[:, column] = 0.0  # type: ignore[union-attr,operator,index]
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from sapwood.minimize import AttentionCall, RaggedAttention, load, minimize, save
 from tests.minimize.models import GroupedAttention
-from tests.minimize.planting import largest_difference, minimized
-from tests.minimize.test_rules import dead, prepared, random
+from tests.minimize.planting import dead, largest_difference, minimized, prepared, random
 
 WIDTH, HEADS, DIM = 12, 3, 4
 

@@ -25,8 +25,7 @@ from sapwood.minimize import (
 from sapwood.minimize import api as minimize_api
 from sapwood.nn import MaskedConv2d, MaskedLinear
 from sapwood.pruning import MaskMatchError, MaskSet
-from tests.minimize.planting import kept, refusals
-from tests.minimize.test_rules import Net, chain, dead, random, unread
+from tests.minimize.planting import Net, chain, dead, kept, random, refusals, unread
 
 
 def small_net() -> nn.Sequential:
@@ -284,3 +283,41 @@ def test_a_loaded_network_trains(tmp_path: Path) -> None:
     again = load(tmp_path / "a.safetensors", small_net)
     again(random(5, 4)).sum().backward()
     assert all(p.grad is not None for p in again.parameters())
+
+
+# Promises
+
+
+def test_a_promised_constant_folds_and_is_kept_in_report_and_file(tmp_path: Path) -> None:
+    model = chain(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3))
+    model[0].weight.data[2, :9] = 0.0
+    x = random(5, 12)
+    constants = {channel: 0.5 * channel for channel in range(9, 12)}
+    for channel, value in constants.items():
+        x[:, channel] = value
+    model[0].weight.data[:, :6] = 0.0
+    small, report = minimize(model, x, promises={"input": {"constant": constants}})
+    assert kept(report, "0") == [0, 1, 3, 4, 5]
+    assert small[0][1].in_features == 3  # type: ignore[index]
+    y = random(7, 12)
+    for channel, value in constants.items():
+        y[:, channel] = value
+    torch.testing.assert_close(small(y), model(y), rtol=1e-10, atol=1e-10)
+    save(small, tmp_path / "a.safetensors", report=report)
+    with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        stored = json.loads(file.metadata()["report"])
+    assert stored["promises"] == {"input": {"constant": {"9": 4.5, "10": 5.0, "11": 5.5}}}
+
+
+@pytest.mark.parametrize(
+    ("promise", "message"),
+    [
+        ({"mask": {"constant": {0: 1.0}}}, r"promises must name arguments of the model \(input\)"),
+        ({"input": {"range": (0, 1)}}, r"promises must promise constants, got \['range'\]"),
+        ({"input": {"constant": {4: 1.0}}}, r"promises must name channels of input below 4, got 4"),
+        ({"input": {"constant": {0: 1.0}}}, r"promises must hold for the example"),
+    ],
+)
+def test_promises_that_cannot_be_kept(promise: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"sapwood.minimize: {message}"):
+        analyze(small_net(), random(5, 4), promises=promise)

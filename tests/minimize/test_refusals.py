@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sapwood.minimize import minimize
-from tests.minimize.planting import kept, refusals
-from tests.minimize.test_rules import Net, chain, dead, prepared, random, unread
+from tests.minimize.planting import Net, chain, dead, kept, prepared, random, refusals, unread
 
 
 def refuses(model: nn.Module, x: Tensor, reason: str) -> None:

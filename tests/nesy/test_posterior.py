@@ -48,7 +48,7 @@ def branches(program: nesy.Program, traced: Trace, row: int) -> dict[tuple[Any, 
 def test_best_explanation_of_random_programs() -> None:
     checked = 0
     for seed in range(200):
-        script = Script(seed, batched=seed % 4 != 0, most=4)
+        script = Script(seed, batched=seed % 4 != 0, most=3)
         program = script.program().double()
         traced = program._traced()
         found = program.map()

@@ -22,6 +22,7 @@ from sapwood.pruning import (
     prune,
 )
 from sapwood.pruning._units import Observation, observe
+from tests.minimize.models import CASES
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:
@@ -148,9 +149,44 @@ def test_attention_joins_queries_and_keys_and_hands_on_values() -> None:
     q, k, v = found["blocks.0.attention.qkv.weight"].writes.view(3, 64)
     assert torch.equal(q, k)
     assert torch.equal(found["blocks.0.attention.out.weight"].reads, v)
-    assert torch.equal(
-        found["blocks.0.project.weight"].writes, found["blocks.3.project.weight"].writes
-    )
+    stream = found["blocks.0.project.weight"].writes
+    assert torch.equal(stream, found["blocks.3.project.weight"].writes)
+    assert torch.equal(stream, found["embed.weight"].writes)
+    assert torch.equal(stream, found["blocks.0.attention.qkv.weight"].reads)  # past the class token
+
+
+def test_channels_are_not_joined_with_tokens() -> None:
+    """In an MLP-Mixer a branch over tokens is added to the stream, whose channels stay apart."""
+    case = CASES["mixer"]
+    model, x = case.make(dtype=torch.float32), case.inputs(2).float()
+    weights = {n: p for n, p in model.named_parameters() if n in MaskSet.dense(model)}
+    found = {layer.name: layer for layer in observe(model, x, weights).layers}
+    stream = found["embed.weight"].writes
+    assert len(stream.unique()) == 10
+    for name in ("blocks.0.channels.0.weight", "blocks.1.channels.0.weight", "head.weight"):
+        assert torch.equal(found[name].reads, stream)
+    assert bool((found["blocks.0.mix.0.weight"].reads == -1).all())  # every channel meets it
+
+
+def test_embeddings_write_a_stream_and_shared_heads_are_followed() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(7, 6)
+            self.shared, self.back = nn.Linear(6, 2), nn.Linear(4, 6)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x: Tensor = self.embed(ids)
+            y: Tensor = self.back(self.shared(x).repeat_interleave(2, 2))
+            return x + y
+
+    model = Tokens()
+    ids = torch.randint(7, (3, 5))
+    weights = {n: p for n, p in model.named_parameters() if n in MaskSet.dense(model)}
+    found = {layer.name: layer for layer in observe(model, ids, weights).layers}
+    shared, back = found["shared.weight"], found["back.weight"]
+    assert torch.equal(shared.reads, back.writes)
+    assert torch.equal(back.reads, shared.writes.repeat_interleave(2))
 
 
 def test_values_are_not_compared_with_queries() -> None:
@@ -161,7 +197,7 @@ def test_values_are_not_compared_with_queries() -> None:
     before = GroupScore(x).scores(model, masks)[name][128:].max()
     model.get_parameter(out).data *= 1e-3  # all values become weak readers' units alike
     after = GroupScore(x).scores(model, masks)[name][128:].max()
-    torch.testing.assert_close(after, before, rtol=1e-3, atol=0)
+    torch.testing.assert_close(after, before, rtol=0.1, atol=0)  # 1e-3 to the half, if compared
 
 
 def test_attention_of_torch_is_seen_too() -> None:

@@ -50,8 +50,11 @@ def mnist_add(
     pairing: Annotated[Pairing, typer.Option(help="Of MNIST's images.")] = Pairing.random,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     check: Annotated[
-        bool, typer.Option("--check", help="First compare with enumeration, for 1 or 2 digits.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--check/--no-check", help="First compare with enumeration; default for 1 digit."
+        ),
+    ] = None,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Time the lazy sum against the joint; no training.")
     ] = False,
@@ -87,7 +90,7 @@ def mnist_add(
         batch_size=batch_size,
         lr=lr,
         pairing=pairing.value,
-        check=check,
+        check=digits == 1 if check is None else check,
     )
     with console.reported(save or report or Path(data)):
         if ablate:

@@ -6,6 +6,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from torch.utils import _pytree
 from sapwood.minimize._atoms import Atoms
 from sapwood.minimize._facts import CONSTANT, LIVE, Facts, demote, no_facts
 from sapwood.minimize._leaves import behind
+from sapwood.minimize._promises import Promises, channel_axis
+from sapwood.minimize._tails import FEATURE, Tail
 from sapwood.minimize._trace import Inputs, Traced, owners, traced
 from sapwood.minimize.layers import Edit, Layer, cut, indices
 from sapwood.minimize.plan import ChannelGroup, Refusal
 from sapwood.minimize.rules import RULES, Step, map_facts, opaque, tensors_in
 
 __all__ = [
+    "INPUT",
     "OUTPUT",
     "Analysis",
     "Balance",
@@ -33,6 +37,8 @@ __all__ = [
 
 #: Why the channels of the result stay: no refusal, but the contract.
 OUTPUT = "output of the model"
+#: Why the channels of an argument stay.
+INPUT = "input of the model"
 
 #: Given a test for kept atoms, the atoms that must stay too.
 Balance = Callable[[Callable[[Tensor], Tensor]], Tensor]
@@ -45,8 +51,7 @@ class Options:
     border: str = "table"
     keep: tuple[str, ...] = ()
     round_to: int = 1
-    tails: bool = True
-    inputs: dict[str, Any] = field(default_factory=dict)
+    promises: Promises = field(default_factory=Promises)
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -69,6 +74,7 @@ class Analysis:
         self.slots: list[Slot] = []
         self.notes: dict[str, str] = {}  # layer -> why it is left alone
         self.balances: list[Balance] = []
+        self.tails: list[Tail] = []
         self._labels: dict[str, tuple[Tensor, ...]] = {}
         self._taps = set(options.keep) | _hooked(model)
 
@@ -145,7 +151,19 @@ class Analysis:
         return replace(facts, fields=self._labels[name], source=None)
 
     def _input(self, name: str, value: Tensor) -> Facts:
-        return no_facts(value, LIVE)
+        promised = self.options.promises.constants.get(name)
+        facts = no_facts(value, LIVE)
+        if not promised:
+            return facts
+        axis = channel_axis(value)
+        width = value.shape[axis]
+        atoms = self.atoms.new(width, name)
+        self.atoms.pin(atoms, INPUT)
+        shape = [1] * value.dim()
+        shape[axis] = width
+        kind = torch.full((width,), LIVE, dtype=torch.uint8)
+        kind[list(promised)] = CONSTANT
+        return replace(facts, kind=kind.reshape(shape), fields=(atoms.reshape(shape),))
 
     def _call(self, node: fx.Node, environment: dict[fx.Node, Any]) -> Any:
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: environment[n])
@@ -156,33 +174,55 @@ class Analysis:
         values = map_facts(lambda facts: facts.value, arguments)
         value = node.target(*values[0], **values[1])  # type: ignore[operator]
         step = Step(self, node, tuple(args), dict(kwargs), value)
+        readers = [len(facts.tail.readers) for facts in step.facts() if facts.tail is not None]
         result = RULES.get(str(node.target), opaque)(step)
         result = map_facts(demote, result)
+        self._follow_tails(step, result, readers)
         if self._taps & owners(node):
             self._tap(node, result)
         return result
+
+    def _follow_tails(self, step: Step, result: Any, readers: list[int]) -> None:
+        """Blocks the features of a norm whose output is neither passed on nor read linearly."""
+        passed = {id(facts.tail) for facts in tensors_in(result)}
+        tails = [facts.tail for facts in step.facts() if facts.tail is not None]
+        for tail, before in zip(tails, readers, strict=True):
+            if id(tail) not in passed and len(tail.readers) == before:
+                tail.blocked = True
 
     def _tap(self, node: fx.Node, result: Any) -> None:
         for path in self._taps & owners(node):
             asked = path in self.options.keep
             reason = f"{path} is {'kept as asked' if asked else 'read by a hook'}"
             for facts in tensors_in(result):
+                if facts.tail is not None:
+                    facts.tail.blocked = True
                 for atoms in facts.fields:
                     self.atoms.pin(atoms, reason)
 
     def _output(self, results: Any) -> None:
         for facts in tensors_in(results):
+            if facts.tail is not None:
+                facts.tail.blocked = True
             for atoms in facts.fields:
                 self.atoms.pin(atoms, OUTPUT)
 
     def solve(self) -> set[int]:
         """Representatives of the classes that stay: the least set closed under all demands."""
+        while True:
+            kept = self._closed()
+            settled = [tail.settle(partial(self.holds, kept)) for tail in self.tails]
+            if not any(settled):
+                return kept
+
+    def holds(self, kept: set[int], atoms: Tensor) -> Tensor:
+        """Which atoms are in classes that stay."""
+        flags = [self.atoms.find(atom) in kept for atom in atoms.flatten().tolist()]
+        return torch.tensor(flags, dtype=torch.bool).reshape(atoms.shape)
+
+    def _closed(self) -> set[int]:
         kept = set(self.atoms.pinned())
-
-        def holds(atoms: Tensor) -> Tensor:
-            flags = [self.atoms.find(a) in kept for a in atoms.flatten().tolist()]
-            return torch.tensor(flags, dtype=torch.bool).reshape(atoms.shape)
-
+        holds = partial(self.holds, kept)
         demands = [layer.demand for layer in reversed(self.layers)]
         # What has to be evened out is known only once all demands are.
         corrections = [*self.balances, self._never_empty]
@@ -244,9 +284,7 @@ class Outcome:
 
     def holds(self, atoms: Tensor) -> Tensor:
         """Which atoms stay."""
-        find = self._analysis.atoms.find
-        flags = [find(atom) in self._kept for atom in atoms.flatten().tolist()]
-        return torch.tensor(flags, dtype=torch.bool).reshape(atoms.shape)
+        return self._analysis.holds(self._kept, atoms)
 
     def groups(self) -> list[ChannelGroup]:
         """The channel groups, with the reason of whatever stays unread."""
@@ -274,7 +312,7 @@ class Outcome:
             if space.start in loose:
                 continue  # positions of a table, say: its channels are those of a layer
             for reason, count in self._reasons(space.atoms).items():
-                if reason != OUTPUT:
+                if reason not in (OUTPUT, INPUT, FEATURE):
                     found.append(Refusal(space.name, count, reason))
         return found
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapwood.minimize._tails import Tail
+
 __all__ = [
     "BY_POSITION",
     "BY_SIZE",
     "CONSTANT",
     "LIVE",
     "Facts",
-    "Tail",
     "align",
     "compress",
     "demote",
@@ -29,14 +30,6 @@ CONSTANT, BY_POSITION, BY_SIZE, LIVE = range(4)
 
 #: Two values of one constant, computed at different positions, differ by summation order at most.
 _SAME = 1e-12
-
-
-@dataclass(frozen=True)
-class Tail:
-    """Channels after a LayerNorm or RMSNorm whose input was constant: affine in two features."""
-
-    norm: str
-    mask: Tensor  # (channels,) bool, along the axis that the norm's field varies on
 
 
 @dataclass(frozen=True)

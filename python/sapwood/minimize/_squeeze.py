@@ -18,7 +18,7 @@ from sapwood.pruning.structure_criteria import ActivationMagnitude, GroupScore
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 _RISE = 1e-3  # of the calibration loss, relative, for what the finish step takes at once
-_MOST_TRIALS = 200
+_MOST_TRIALS = 100
 _DECAY = 0.9
 _LOOK_EVERY = 10  # steps; the masks change rarely
 
@@ -85,7 +85,7 @@ def finish(
     """Zeroes nearly empty rows and columns where the loss on a batch hardly rises.
 
     Sets of them are tried together, smallest weights first, and halved where the loss rises too
-    much; at most 200 losses are computed.
+    much; at most 100 losses are computed.
 
     Args:
         model: with ``masks`` applied; changed in place.

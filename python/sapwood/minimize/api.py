@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sapwood import _check
 from sapwood.minimize._analysis import Options, Outcome, analysed, analysed_trace
 from sapwood.minimize._masks import materialised
+from sapwood.minimize._promises import Promises
 from sapwood.minimize._trace import Inputs, traced
 from sapwood.minimize.attentions import Attentions, find_attentions
 from sapwood.minimize.errors import MinimizeError
@@ -57,7 +58,9 @@ def analyze(
             carries (``MaskedLinear``, ``MaskedConv2d``, ``torch.nn.utils.prune``) or the zeros of
             its weights.
         rules: ``"exact"``.
-        promises: what holds for every input, ``{"input": {"constant": {channel: value}}}``.
+        promises: what holds for every input, ``{"input": {"constant": {channel: value}}}``, with
+            the argument's name, or ``"input"`` for a single one. The network is exact only for
+            inputs that keep the promise; report and file carry it.
         keep: names of modules whose outputs must keep all channels.
         border: constants in front of zero padding go into a table of border values (``"table"``),
             a channel of ones (``"ones"``), or stay (``"refuse"``).
@@ -78,8 +81,8 @@ def analyze(
     with _evaluating(model, force_eval):
         plain = materialised(model, masks)
     inputs = Inputs.of(example_inputs)
-    options = Options(border, tuple(keep), round_to)
-    return _planned(plain, inputs, options, promises).plan
+    promised = Promises.of(promises, plain, inputs)
+    return _planned(plain, inputs, Options(border, tuple(keep), round_to, promised)).plan
 
 
 class _Planned:
@@ -89,16 +92,14 @@ class _Planned:
         self.plan, self.before, self.after, self.inputs = plan, before, after, inputs
 
 
-def _planned(
-    plain: nn.Module, inputs: Inputs, options: Options, promises: Mapping[str, Any] | None
-) -> _Planned:
+def _planned(plain: nn.Module, inputs: Inputs, options: Options) -> _Planned:
     exact = copy.deepcopy(plain).cpu().double()
     exact.requires_grad_(True)
     wide = inputs.map(lambda t: t.detach().cpu().double() if t.is_floating_point() else t.cpu())
     with traced(exact, wide) as trace:
         found = find_attentions(exact, wide, trace)
         outcome = None if found.edits else analysed_trace(exact, trace, options)
-    common = operate(exact, found.edits.values()).requires_grad_(True)
+    common = operate(exact, found.edits.values()).requires_grad_(True) if found.edits else exact
     if outcome is None:
         outcome = analysed(common, wide, options)
     small, problem = _tried(common, outcome, wide)
@@ -109,13 +110,14 @@ def _planned(
         if problem is not None:
             raise MinimizeError(f"sapwood.minimize: the rewrite must compute the same: {problem}")
     edits = [*_needed(found, outcome.edits), *outcome.edits]
-    small = operate(exact, edits)
+    if found.edits:
+        small = operate(exact, edits)  # with attention that nothing was cut of as it was written
     plan = Plan(
         outcome.groups(),
         edits,
         [*outcome.refusals(), *_left_alone(found)],
         fingerprint(plain),
-        dict(promises or {}),
+        options.promises.to_dict(),
     )
     return _Planned(plan, exact, small, wide)
 
@@ -226,8 +228,9 @@ def minimize(
     with _evaluating(model, force_eval):
         plain = materialised(model, masks)
     inputs = Inputs.of(example_inputs)
-    planned = _planned(plain, inputs, Options(border, tuple(keep), round_to), promises)
-    error = _verified(planned) if verify else None
+    promised = Promises.of(promises, plain, inputs)
+    planned = _planned(plain, inputs, Options(border, tuple(keep), round_to, promised))
+    error = _verified(planned, promised) if verify else None
     small = operate(plain, planned.plan.edits)
     moved = moved_parameters(plain, small, planned.plan.edits)
     old = {n.removesuffix("_orig"): p for n, p in model.named_parameters()}
@@ -268,10 +271,11 @@ def _stored(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def _verified(planned: _Planned) -> float:
-    """The largest error over the example and random inputs."""
+def _verified(planned: _Planned, promises: Promises) -> float:
+    """The largest error over the example and random inputs that keep the promises."""
     worst = 0.0
-    for inputs in (planned.inputs, *draws(planned.inputs, 2)):
+    drawn = [promises.kept(planned.before, inputs) for inputs in draws(planned.inputs, 2)]
+    for inputs in (planned.inputs, *drawn):
         worst = max(worst, difference(planned.before, planned.after, inputs))
     if not worst <= TOLERANCE:
         raise MinimizeError(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapwood.minimize._tails import Tail
+
 __all__ = ["Affine", "Edit", "GroupedConvolution", "Holds", "Layer", "Normalization", "Selection"]
 
 #: One step of surgery, as JSON holds it.
@@ -57,6 +59,14 @@ class Affine(Layer):
     taps: str | None = None
     transposed: bool = False
     selectable: bool = False
+    tail: Tail | None = None
+
+    def _tail_mask(self) -> Tensor:
+        """(in,) bool: channels that the features of a norm can carry."""
+        mask = torch.zeros_like(self.foldable)
+        if self.tail is not None and self.tail.active:
+            mask[: len(self.tail.mask)] = self.tail.mask
+        return mask
 
     def folded(self) -> tuple[Tensor | None, Tensor]:
         return self.reads, self.constants
@@ -71,16 +81,19 @@ class Affine(Layer):
         if self.reads is None:
             return _NOTHING
         used = self.connected[self.rows(holds)].any(0)
-        return self.reads[used & ~self.foldable]
+        return self.reads[used & ~self.foldable & ~self._tail_mask()]
 
     def edits(self, holds: Holds) -> list[Edit]:
         rows = self.rows(holds)
         width = self.connected.shape[1]
         kept = torch.ones(width, dtype=torch.bool) if self.reads is None else holds(self.reads)
-        edits = self._folds(rows, kept)
-        columns = self._selected(rows, kept)
+        carried = self.tail is not None and self.tail.applied(holds)
+        columns = kept if self.tail is not None else self._selected(rows, kept)
+        edits = self._folds(rows, columns)
         out_axis, in_axis = (1, 0) if self.transposed else (0, 1)
-        if not bool(columns.all()):
+        if carried:
+            edits.append(self._carries(rows, kept))
+        elif not bool(columns.all()):
             edits.append(cut(self.weight, in_axis, columns))
         if not bool(rows.all()):
             edits.append(cut(self.weight, out_axis, rows))
@@ -88,6 +101,22 @@ class Affine(Layer):
         if not bool((columns == kept).all()):
             edits.append({"op": "select", "module": self.module, "index": indices(columns[kept])})
         return edits
+
+    def _carries(self, rows: Tensor, kept: Tensor) -> Edit:
+        """Columns for the features of the norm in place of those that it lost."""
+        assert self.tail is not None
+        size = len(self.tail.mask)
+        gone = self.tail.mask & ~kept[:size] & self.connected[rows][:, :size].any(0)
+        return {
+            "op": "tail",
+            "module": self.module,
+            "norm": self.tail.norm,
+            "columns": indices(gone),
+            "values": self.tail.constants[gone].tolist(),
+            "keep": indices(kept[:size]),
+            "rows": indices(rows),
+            "existing": self.tail.existing,
+        }
 
     def _row_vectors(self, edits: list[Edit]) -> list[str]:
         """What is cut with the rows beside the weight; folding may have created a bias."""
@@ -110,7 +139,7 @@ class Affine(Layer):
         """The columns to read: fewer than the kept ones where picking them saves storage."""
         if not self.selectable:
             return kept
-        used = self.connected[rows].any(0) & kept
+        used = self.connected[rows].any(0) & kept & ~self.foldable
         if not bool(used.any()):
             return kept
         saved = int((kept & ~used).sum()) * int(rows.sum())
@@ -157,6 +186,7 @@ class Normalization(Layer):
     foldable: Tensor  # (n,) bool
     constants: Tensor  # (n,) float64
     groups: int = 1
+    tail: Tail | None = None
 
     def balance(self, holds: Holds) -> Tensor:
         """The channels that must stay so that all groups keep equal numbers of them."""
@@ -166,6 +196,8 @@ class Normalization(Layer):
         return self.channels, self.constants
 
     def demand(self, holds: Holds) -> Tensor:
+        if self.tail is not None and self.tail.existing and self.tail.blocked:
+            return self.channels
         return self.channels[~self.foldable]
 
     def edits(self, holds: Holds) -> list[Edit]:
@@ -174,7 +206,9 @@ class Normalization(Layer):
             return []
         keep = indices(kept)
         constants = self.constants[~kept].tolist()
-        return [{"op": "norm", "module": self.module, "keep": keep, "constants": constants}]
+        carried = self.tail is not None and self.tail.applied(holds)
+        edit = {"op": "norm", "module": self.module, "keep": keep, "constants": constants}
+        return [{**edit, "tail": carried}]
 
 
 @dataclass

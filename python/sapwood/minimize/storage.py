@@ -168,8 +168,8 @@ def _described(module: nn.Module) -> dict[str, Any] | None:
     if type(module) is nn.Sequential and len(module) and type(module[0]) in _WRAPPED:
         return {"type": "Sequential"}
     if type(module) is AttentionCall:
-        names = ("sources", "causal", "outputs")
-        return {"type": "AttentionCall", **{name: getattr(module, name) for name in names}}
+        remembered = {name: getattr(module, name) for name in ("sources", "causal", "outputs")}
+        return {"type": "AttentionCall", **remembered}
     if type(module) not in _ARGUMENTS:
         return None
     names = _ARGUMENTS[type(module)].split()

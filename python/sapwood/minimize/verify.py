@@ -55,7 +55,10 @@ def _distance(a: Any, b: Any) -> float:
 
 
 def draws(inputs: Inputs, count: int, seed: int = 0) -> Iterator[Inputs]:
-    """Random inputs of the example's shapes: normal numbers, or the example's integers shuffled."""
+    """Random inputs of the example's shapes: normal numbers, or the example's integers shuffled.
+
+    The tensors are fresh and may be written to.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(t: Tensor) -> Tensor:

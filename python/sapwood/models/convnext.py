@@ -135,7 +135,8 @@ def convnext_micro(image_shape: ImageShape = (3, 32, 32), classes: int = 10) -> 
         torch.Size([2, 10])
 
     Args:
-        image_shape: (channels, height, width) of the inputs, height and width at least 16.
+        image_shape: (channels, height, width) of the inputs, both sizes at least 8. Patches of
+            the stem are 4 pixels wide from 32 on, 2 from 16 on, else 1.
         classes: outputs.
 
     Returns:
@@ -149,7 +150,8 @@ def convnext_micro(image_shape: ImageShape = (3, 32, 32), classes: int = 10) -> 
     """
     where = "sapwood.models.convnext_micro"
     shape = require_image_shape(image_shape, where)
-    if min(shape[1:]) < 16:
-        raise ValueError(f"{where}: image_shape must be at least 16 x 16, got {shape}")
-    patch = 4 if min(shape[1:]) >= 32 else 2
+    smallest = min(shape[1:])
+    if smallest < 8:
+        raise ValueError(f"{where}: image_shape must be at least 8 x 8, got {shape}")
+    patch = 4 if smallest >= 32 else 2 if smallest >= 16 else 1
     return ConvNeXt(shape, classes, widths=(32, 64, 128, 256), depths=(1, 1, 2, 1), patch=patch)

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 
 class LPValue(IntEnum):
-    """Truth values of the Logic of Paradox: false, both, true."""
+    """Truth values of the Logic of Paradox: false, both, true.
+
+    Example:
+        >>> from sapwood import nesy
+        >>> nesy.LP.conjunction(nesy.LPValue.BOTH, nesy.LPValue.TRUE).designated
+        True
+    """
 
     FALSE = 0
     BOTH = 1
@@ -98,6 +104,8 @@ def _checked_degree(degree: float) -> float:
 
 
 class _Boolean(Algebra):
+    """Two truth values."""
+
     bottom, top = False, True
 
     def conjunction(self, x: Any, y: Any) -> Any:
@@ -117,6 +125,8 @@ class _Boolean(Algebra):
 
 
 class _Paradox(Algebra):
+    """The Logic of Paradox: F < B < T with minimum and maximum; B and T count as true."""
+
     bottom, top = LPValue.FALSE, LPValue.TRUE
 
     def conjunction(self, x: Any, y: Any) -> Any:
@@ -155,6 +165,8 @@ class _Unit(Algebra):
 
 
 class _Product(_Unit):
+    """xy and x + y - xy: independent events."""
+
     def conjunction(self, x: Any, y: Any) -> Any:
         return x * y
 
@@ -166,6 +178,8 @@ class _Product(_Unit):
 
 
 class _Godel(_Unit):
+    """Minimum and maximum of degrees."""
+
     def conjunction(self, x: Any, y: Any) -> Any:
         return _minimum(x, y)
 
@@ -177,6 +191,8 @@ class _Godel(_Unit):
 
 
 class _Lukasiewicz(_Unit):
+    """max(0, x + y - 1) and min(1, x + y)."""
+
     def conjunction(self, x: Any, y: Any) -> Any:
         return _maximum(0.0, x + y - 1)
 

@@ -226,8 +226,8 @@ def observed(values: Tensor, support: Iterable[Any] | None = None) -> Observed:
 
     Args:
         values: (B, ...) integers, truth values or floats; slices keep the rows: ``n[:, 0]``.
-        support: values that can occur. Needed only to keep one plan where data are used otherwise
-            than compared for equality; by default the values of the batch.
+        support: all values that can occur; others have no mass. Needed only to keep one plan where
+            data are used otherwise than compared for equality; by default the values of the batch.
 
     Raises:
         TypeError: when ``values`` is no tensor.

@@ -196,7 +196,7 @@ class Eliminator:
                 changed |= self._substitute(variable)
         else:
             columns = self._columns(closure.scope)
-            if math.prod(self._sizes[v] + 1 for v in columns) > _EVIDENCE and len(columns) > 1:
+            if math.prod(self._sizes[v] + 2 for v in columns) > _EVIDENCE and len(columns) > 1:
                 changed = self._mask(maps)
                 if changed:
                     return changed | self._neighbours(changed)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sapwood import _check
-from sapwood.nesy import kernels, listed
+from sapwood.nesy import chain
 from sapwood.nesy.draws import Leaf, Listed
 from sapwood.nesy.expressions import Observed
 from sapwood.nesy.kernels import Reduce
-from sapwood.nesy.plan import Access, Group, Plan
+from sapwood.nesy.plan import Group, Plan
 from sapwood.nesy.supports import Support
 from sapwood.ops.logsemiring import logsumexp
 
@@ -25,7 +25,7 @@ def log_sum(x: Tensor) -> Tensor:
 
 
 class Places:
-    """Where values of data lie in a support, as a tensor computation."""
+    """Where values of data lie in a support, counted from 1, as a tensor computation."""
 
     _known: ClassVar[dict[Support, Places]] = {}
 
@@ -50,17 +50,17 @@ class Places:
         return found
 
     def __call__(self, values: Tensor) -> Tensor:
-        """(...) values to int64 places; those of no value are the number of values, or -1."""
+        """(...) values to int64 places; 0 or one more than there are values for unknown ones."""
         if self.first is not None and not values.is_floating_point():
-            shifted = values.long() - self.first if self.first else values.long()
-            return shifted.clamp(-1, self.count)
+            shifted = values.long() - (self.first - 1) if self.first != 1 else values.long()
+            return shifted.clamp(0, self.count + 1)
         if len(self._values) == 0:
-            return torch.full_like(values, self.count, dtype=torch.int64)
+            return torch.zeros_like(values, dtype=torch.int64)
         wide = values.double()
         known = self._values.to(values.device)
         near = torch.searchsorted(known, wide).clamp(max=len(known) - 1)
         places = self._places.to(values.device)[near]
-        return torch.where(known[near] == wide, places, self.count)
+        return torch.where(known[near] == wide, places + 1, 0)
 
 
 class Execution:
@@ -95,7 +95,6 @@ class Execution:
         self._copies = copies
         self._columns = columns
         self._reduce = reduce
-        self._fast = reduce is log_sum
         self.slots = _leaf_slots(plan, leaves, batch, dtype)
         self._device = self.slots[0].device if self.slots else torch.device("cpu")
         self._dtype = self.slots[0].dtype if self.slots else dtype or torch.get_default_dtype()
@@ -107,13 +106,18 @@ class Execution:
 
     def run(self) -> Tensor:
         """The result: (B,), or (B, K) with the values of the result kept; no B without rows."""
-        for group in self.plan.groups:
-            self.slots.append(self._group(group))
-        parts = []
-        for path in self.plan.paths:
-            if path.result is not None:
-                kept = self.slots[path.result.slot][:, path.result.position]
-                parts.append(self._spread(kept, path.graph.supports, path.graph.kept))
+        steps = chain.Steps(
+            self.plan.groups,
+            [self._evidence(group) if group.columns else None for group in self.plan.groups],
+            [path.result for path in self.plan.paths if path.result is not None],
+            self._reduce,
+            self._reduce is log_sum,
+        )
+        paths = [path for path in self.plan.paths if path.result is not None]
+        parts = [
+            self._spread(kept, path.graph.supports, path.graph.kept)
+            for kept, path in zip(chain.run(steps, self.slots), paths, strict=True)
+        ]
         if not parts:
             size = 1 if self.plan.support is None else len(self.plan.support)
             parts = [torch.full((1, size), -math.inf, dtype=self._dtype, device=self._device)]
@@ -136,32 +140,6 @@ class Execution:
         empty = kept.new_full((kept.shape[0], len(whole)), -math.inf)
         return empty.index_copy(-1, places, kept)
 
-    def _group(self, group: Group) -> Tensor:
-        if group.kernel is None or (self._fast and group.kernel.kind != "gather"):
-            operands = [self._operand(access) for access in group.access]
-            if group.kernel is None:
-                rows = max(map(len, operands))
-                vector, matrices = (x.expand(rows, -1, -1) for x in operands)
-                return kernels.scan(vector, matrices, self._reduce, fast=self._fast)
-            return kernels.run(group.kernel, operands)
-        evidence = self._evidence(group) if group.columns else None
-        assert group.lists is not None
-        slots = [self.slots[s] for s in group.reads]
-        if not slots:
-            slots = [torch.zeros(1, 1, 1, dtype=self._dtype, device=self._device)]
-        if self._fast:
-            return listed.log_sum(group.lists, evidence, slots)
-        return self._reduce(listed.terms(group.lists, evidence, slots))
-
-    def _operand(self, access: Access) -> Tensor:
-        """(B or 1, G, size): the instances of an operand, without a copy where they lie evenly."""
-        if access.slot is not None:
-            whole = self.slots[access.slot]
-            return whole if access.places is None else whole[:, access.places]
-        parts = [self.slots[r.slot][:, r.position] for r in access.references]
-        rows = max(p.shape[0] for p in parts)
-        return torch.stack([p.expand(rows, -1) for p in parts], 1)
-
     def _evidence(self, group: Group) -> Tensor:
         """(G, B): the row of the step's tables for every instance and row of the batch."""
         assert group.kernel is not None
@@ -171,7 +149,7 @@ class Execution:
         ):
             values = [self._columns[i].values for i in instances]
             stacked = values[0].unsqueeze(0) if len(values) == 1 else torch.stack(values)
-            places = Places.of(support)(stacked).remainder(size)  # -1 becomes the last one
+            places = Places.of(support)(stacked)
             total = places if total is None else total * size + places
         assert total is not None
         return total if self._copies == 1 else total.repeat_interleave(self._copies, 1)
@@ -182,9 +160,15 @@ def _leaf_slots(
 ) -> list[Tensor]:
     """(B or 1, leaves, entries) per slot; one call per source."""
     found: dict[int, Tensor] = {}
-    listed = [isinstance(leaves[numbers[0]].source, Listed) for numbers in plan.slots]
+    listed = [
+        not numbers or isinstance(leaves[numbers[0]].source, Listed) for numbers in plan.slots
+    ]
     for slot in sorted(range(len(listed)), key=listed.__getitem__):  # networks decide the type
         numbers = plan.slots[slot]
+        if not numbers:
+            like = next(iter(found.values()), torch.zeros(0, dtype=dtype))
+            found[slot] = like.new_zeros(1, 1, 1)
+            continue
         source = leaves[numbers[0]].source
         columns = zip(*(leaves[n].inputs for n in numbers), strict=True)
         inputs = [c[0] if len(c) == 1 else torch.cat(c) for c in columns]

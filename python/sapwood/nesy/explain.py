@@ -72,7 +72,7 @@ def _step(step: Step, graph: Graph) -> str:
 
 def _calls(plan: Plan, keys: Keys) -> str:
     calls = []
-    for slot in plan.slots:
+    for slot in filter(None, plan.slots):
         leaf = keys.leaves[slot[0]]
         if leaf.inputs:
             inputs = f"{len(slot)} input{'s' if len(slot) > 1 else ''} per row"

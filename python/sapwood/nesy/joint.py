@@ -48,6 +48,10 @@ def _path_mass(graph: Graph, keys: Keys, batch: int | None, dtype: torch.dtype |
         _check.fail(ValueError, "nesy.log_truth", "strict joint", "have at most 1e8 entries", shown)
     rows = batch or 1
     values = {v: _column_places(graph, keys, v, rows, len(base)) for v in data - drawn}
+    for v, places in values.items():
+        support = graph.supports[v]
+        if bool(((places < 0) | (places >= len(support))).any()):
+            _check.fail(ValueError, "nesy", "observed values", f"be in {support}", "others")
     for axis, v in enumerate(base):
         shape = [1] * (len(base) + 1)
         shape[axis + 1] = sizes[axis]
@@ -72,8 +76,8 @@ def _path_mass(graph: Graph, keys: Keys, batch: int | None, dtype: torch.dtype |
 def _column_places(graph: Graph, keys: Keys, variable: int, rows: int, dims: int) -> Tensor:
     column = graph.known[variable].column
     assert column is not None
-    places = Places.of(graph.supports[variable])(keys.columns[column].values)
-    return places.view(rows, *[1] * dims)
+    places = Places.of(graph.supports[variable])(keys.columns[column].values) - 1
+    return places.view(rows, *[1] * dims)  # -1 or the number of values: none of them
 
 
 def _weights(

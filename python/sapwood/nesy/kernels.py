@@ -77,7 +77,7 @@ class Kernel:
 
     shape: Shape
     kind: str  # gather, segments, einsum, convolution
-    evidence: tuple[int, ...]  # per column the number of values, and one more for unknown ones
+    evidence: tuple[int, ...]  # per column two more than its values: unknown ones at both ends
     kept_size: int
     width: int  # padded length of the lists
     table: Indices = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -104,10 +104,10 @@ def make(shape: Shape, tables: Sequence[Indices]) -> Kernel:
         if place is not None:
             keep &= values[variable] == place
     columns = [v for v, place in shape.known if place is None]
-    evidence = tuple(shape.sizes[v] + 1 for v in columns)
+    evidence = tuple(shape.sizes[v] + 2 for v in columns)  # unknown, its values, unknown
     kept_dims = [shape.sizes[v] for v in shape.kept]
     kept_size = math.prod(kept_dims)
-    group = _ravel([values[v] for v in columns], evidence, count) * kept_size
+    group = _ravel([values[v] + 1 for v in columns], evidence, count) * kept_size
     group += _ravel([values[v] for v in shape.kept], kept_dims, count)
     places = [operand.places(values, shape.sizes, count)[keep] for operand in shape.operands]
     kernel = Kernel(shape, "gather", evidence, kept_size, 0)

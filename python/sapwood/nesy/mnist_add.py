@@ -144,30 +144,38 @@ def load(
         if value < 1:
             _check.fail(ValueError, where, name, "be at least 1", value)
     _check.one_of(where, "pairing", pairing, ("random", "sequential"))
-    generator = torch.Generator().manual_seed(seed)
     if str(data) == "digits":
         found = _bundled_digits()
-        train = torch.randint(
-            len(found.train_labels), (num_train, 2, num_digits), generator=generator
-        )
-        fixed = torch.Generator().manual_seed(0)
-        size = (_TEST_PAIRS_OF_DIGITS, 2, num_digits)
-        test = torch.randint(len(found.test_labels), size, generator=fixed)
+        train = _drawn(len(found.train_labels), num_train, num_digits, seed)
+        test = _drawn(len(found.test_labels), _TEST_PAIRS_OF_DIGITS, num_digits, 0)
     else:
         found = load_mnist(data)
-        count, needed = len(found.train_labels), 2 * num_digits * num_train
-        if needed > count:
-            want = f"need at most {count} images"
-            _check.fail(ValueError, where, "2 * num_digits * num_train", want, needed)
-        order = torch.arange(needed)
-        if pairing == "random":
-            order = torch.randperm(needed, generator=generator)
-        train = order.view(num_train, 2, num_digits)
+        train = _used_once(len(found.train_labels), num_train, num_digits, seed, pairing)
         tests = len(found.test_labels) // (2 * num_digits)
         test = torch.arange(tests * 2 * num_digits).view(tests, 2, num_digits)
     train_pairs = Pairs(_pixels(found, found.train_images), found.train_labels, train)
     test_pairs = Pairs(_pixels(found, found.test_images), found.test_labels, test)
     return Task(found.name, found.source, train_pairs, test_pairs, seed)
+
+
+def _drawn(images: int, pairs: int, num_digits: int, seed: int) -> Tensor:
+    """Pairs of images drawn with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(images, (pairs, 2, num_digits), generator=generator)
+
+
+def _used_once(images: int, pairs: int, num_digits: int, seed: int, pairing: str) -> Tensor:
+    """Pairs of the first images, each used once."""
+    needed = 2 * num_digits * pairs
+    if needed > images:
+        want = f"need at most {images} images"
+        _check.fail(
+            ValueError, "nesy.mnist_add.load", "2 * num_digits * num_train", want, needed
+        )  # fmt: skip
+    order = torch.arange(needed)
+    if pairing == "random":
+        order = torch.randperm(needed, generator=torch.Generator().manual_seed(seed))
+    return order.view(pairs, 2, num_digits)
 
 
 def _bundled_digits() -> Dataset:

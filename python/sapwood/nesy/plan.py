@@ -92,7 +92,7 @@ class Plan:
 
     query: Query
     paths: list[PathPlan]
-    slots: list[list[int]] = field(default_factory=list)  # leaves that are evaluated together
+    slots: list[list[int]] = field(default_factory=list)  # leaves evaluated together, [] for a one
     where: dict[int, Reference] = field(default_factory=dict)  # of each leaf
     groups: list[Group] = field(default_factory=list)
     support: Support | None = None  # of the result, for VALUES
@@ -220,6 +220,8 @@ def _place_steps(plan: Plan) -> None:
     nodes = [_nodes(path) for path in plan.paths]
     order = [(node, number, path) for path, own in enumerate(nodes) for number, node in own]
     order.sort(key=lambda entry: entry[0].level)  # stable: paths and steps keep their order
+    if any(not node.inputs for own in nodes for _, node in own):
+        plan.slots.append([])  # a weight of one, for steps that read evidence alone
     first = len(plan.slots)
     for node, number, path in order:
         key = (node.level, node.group_key)
@@ -268,8 +270,10 @@ def _make_lists(plan: Plan, counts: list[int]) -> None:
         offsets = [
             [begins[r.slot] + r.position * sizes[r.slot] for r in instance]
             for instance in zip(*group.inputs, strict=True)
-        ] or [[0]] * group.instances  # without weights: a single 1
-        total = total or 1
+        ]
+        if not group.inputs:
+            group.reads, total = [plan.slots.index([])], 1
+            offsets = [[0]] * group.instances
         group.lists = Lists(group.kernel.table, offsets, total, group.kernel.kept_size)
 
 

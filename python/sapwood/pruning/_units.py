@@ -19,9 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Layer", "Observation", "observe"]
+from sapwood.pruning._unit_ids import (
+    UNKNOWN,
+    distinct,
+    everywhere,
+    mapped,
+    mean_square,
+    plain_name,
+    roots,
+    tensors_in,
+    varying,
+)
 
-_UNKNOWN = -1
+__all__ = ["Layer", "Observation", "observe"]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -31,8 +41,8 @@ def _words(text: str) -> frozenset[str]:
 _WEIGHTED = _words("linear conv1d conv2d conv3d")
 _MOVING = _words(
     "reshape view flatten unflatten permute transpose movedim swapaxes unsqueeze squeeze expand "
-    "expand_as repeat chunk split unbind getitem select narrow roll flip t index_select "
-    "pixel_shuffle pixel_unshuffle channel_shuffle"
+    "expand_as repeat repeat_interleave chunk split unbind getitem select narrow roll flip t "
+    "index_select pixel_shuffle pixel_unshuffle channel_shuffle"
 )
 _JOINING = _words("add sub mul div truediv addcmul maximum minimum where lerp")
 _SAME_PLACE = _words(
@@ -118,21 +128,22 @@ class _Observer(TorchFunctionMode):
 
     def result(self, output: Any, squares: list[Tensor]) -> Observation:
         """What was seen, with squared activations from another run of the same layers."""
-        roots = _roots(self._units, self._pairs)
+        joined = roots(self._units, self._pairs)
         found = Observation(units=self._units)
         for layer, square in zip(self.layers, squares, strict=True):
-            reads, writes = (_mapped(ids, roots) for ids in (layer.reads, layer.writes))
+            reads, writes = (mapped(ids, joined) for ids in (layer.reads, layer.writes))
+            reads = torch.where(reads[0] == reads[1], reads[0], UNKNOWN)
             found.layers.append(replace(layer, reads=reads, writes=writes, square=square))
-        ids = [self._ids[id(x)].flatten() for x in _tensors(output) if id(x) in self._ids]
+        ids = [self._ids[id(x)].flatten() for x in tensors_in(output) if id(x) in self._ids]
         if ids:
-            found.outputs = _mapped(torch.cat(ids).unique(), roots)
+            found.outputs = mapped(torch.cat(ids).unique(), joined)
         return found
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = _plain_name(func)
+        name = plain_name(func)
         if name == "multi_head_attention_forward":
             return self._attention_module(func, args, kwargs)
         result = func(*args, **kwargs)
@@ -156,6 +167,8 @@ class _Observer(TorchFunctionMode):
             self._multiplied(result, args)
         elif name == "index_add":
             self._index_added(result, args)
+        elif name == "embedding":
+            self._tag(result, self._along(self._fresh(result.shape[-1]), result, -1))
         return result
 
     def _fresh(self, count: int) -> Tensor:
@@ -164,7 +177,7 @@ class _Observer(TorchFunctionMode):
 
     def _tag(self, x: Any, ids: Tensor) -> None:
         known = isinstance(x, Tensor) and ids.shape == x.shape
-        if self._trace and known and bool((_distinct(ids)[0] != _UNKNOWN).any()):
+        if self._trace and known and bool((distinct(ids)[0] != UNKNOWN).any()):
             self._held.append(x)
             self._ids[id(x)] = ids
 
@@ -179,9 +192,9 @@ class _Observer(TorchFunctionMode):
 
     def _join(self, a: Tensor, b: Tensor) -> None:
         """Units that meet at one place are one."""
-        a, b = _distinct(a, b)
+        a, b = distinct(a, b)
         pairs = torch.stack((a.reshape(-1), b.reshape(-1)), 1)
-        pairs = pairs[(pairs != _UNKNOWN).all(1) & (pairs[:, 0] != pairs[:, 1])]
+        pairs = pairs[(pairs != UNKNOWN).all(1) & (pairs[:, 0] != pairs[:, 1])]
         if len(pairs):
             self._pairs.append(pairs.unique(dim=0))
 
@@ -200,18 +213,23 @@ class _Observer(TorchFunctionMode):
     def _note(
         self, weight: Tensor, rows: slice, x: Tensor, axis: int, writes: Tensor, groups: int = 1
     ) -> None:
-        square = _mean_square(x, axis)
+        square = mean_square(x, axis)
         reads = self._channels(x, axis)
         name = self._names[id(weight)]
         self.layers.append(Layer(name, rows, reads, writes, groups, square))
 
     def _channels(self, x: Tensor, axis: int) -> Tensor:
-        """(C,) the units along one axis; unknown where they differ between places."""
+        """(2, C) the lowest and the highest unit along one axis, over all places.
+
+        Places where nothing is known, such as that of a class token, do not count.
+        """
         ids = self._of(x)
         if ids is None:
-            return torch.full((x.shape[axis],), _UNKNOWN)
+            return torch.full((2, x.shape[axis]), UNKNOWN)
         rows = ids.movedim(axis, -1).flatten(0, -2)
-        return torch.where((rows == rows[:1]).all(0), rows[0], _UNKNOWN)
+        highest = rows.amax(0)
+        lowest = torch.where(rows == UNKNOWN, highest, rows).amin(0)
+        return torch.stack((lowest, highest))
 
     def _moved(
         self, func: Callable[..., Any], result: Any, args: Any, kwargs: dict[str, Any]
@@ -220,7 +238,7 @@ class _Observer(TorchFunctionMode):
         if ids is None:
             return
         moved = func(ids, *args[1:], **kwargs)
-        for x, part in zip(_tensors(result), _tensors(moved), strict=True):
+        for x, part in zip(tensors_in(result), tensors_in(moved), strict=True):
             self._tag(x, part)
 
     def _joined_up(
@@ -229,7 +247,7 @@ class _Observer(TorchFunctionMode):
         parts = args[0] if args else kwargs["tensors"]
         ids = [self._of(x) for x in parts]
         filled = [
-            torch.full(x.shape, _UNKNOWN) if part is None else part
+            torch.full(x.shape, UNKNOWN) if part is None else part
             for x, part in zip(parts, ids, strict=True)
         ]
         rest = {key: value for key, value in kwargs.items() if key != "tensors"}
@@ -238,24 +256,21 @@ class _Observer(TorchFunctionMode):
     def _combined(self, result: Tensor, args: Any) -> None:
         factor = next((x for x in args if id(x) in self._names), None)
         others = [x for x in args if isinstance(x, Tensor) and x is not factor]
-        known = [ids.expand(result.shape) for x in others if (ids := self._of(x)) is not None]
+        known = [everywhere(ids) for x in others if (ids := self._of(x)) is not None]
         for ids in known[1:]:
-            self._join(known[0], ids)
+            if varying(ids) == varying(known[0]):  # channels are not joined with tokens
+                self._join(known[0].expand(result.shape), ids.expand(result.shape))
         if factor is not None and others and factor.numel() == max(factor.shape, default=1):
             self._scaled(result, others[0], factor)
         elif known:
-            merged = known[0]
-            for ids in known[1:]:
-                if bool((_distinct(merged)[0] == _UNKNOWN).any()):
-                    merged = torch.where(merged == _UNKNOWN, ids, merged)
-            self._tag(result, merged)
+            self._tag(result, known[0].expand(result.shape))
 
     def _scaled(self, result: Tensor, x: Tensor, factor: Tensor) -> None:
         """A factor per channel, such as that of a layer scale."""
         longest = max(range(factor.dim()), key=lambda dim: factor.shape[dim])
         axis = longest - factor.dim()
         writes = self._fresh(factor.numel())
-        square = _mean_square(x, axis)
+        square = mean_square(x, axis)
         reads, name = self._channels(x, axis), self._names[id(factor)]
         self.layers.append(Layer(name, slice(None), reads, writes, 1, square, diagonal=True))
         self._tag(result, self._along(writes, result, axis))
@@ -280,7 +295,7 @@ class _Observer(TorchFunctionMode):
         if ids is None or dims is None:
             return
         low, high = ids.amin(dims, keep), ids.amax(dims, keep)
-        self._tag(result, torch.where(low == high, low, _UNKNOWN))
+        self._tag(result, torch.where(low == high, low, UNKNOWN))
 
     def _attended(self, result: Tensor, args: Any, kwargs: dict[str, Any]) -> None:
         q, k, v = (self._of(x) for x in args[:3])
@@ -327,57 +342,3 @@ class _Observer(TorchFunctionMode):
         output = F.linear(attended, out_weight, out_bias)
         self._weighted("linear", output, (attended, out_weight), {})
         return output, weights
-
-
-def _plain_name(func: Any) -> str:
-    """``add`` for add, add_, __add__, __iadd__ and __radd__."""
-    name = getattr(func, "__name__", "")
-    if name.startswith("__") and name.endswith("__"):
-        inner = name[2:-2]
-        return inner[1:] if inner[:1] in ("i", "r") and inner[1:] in _JOINING else inner
-    return name[:-1] if name.endswith("_") and not name.startswith("_") else name
-
-
-def _mean_square(x: Tensor, axis: int) -> Tensor:
-    """(C,) float32 over batch and places."""
-    rows = x.detach().movedim(axis, -1).flatten(0, -2)
-    return rows.float().square().mean(0).cpu()
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [x for part in value.values() for x in _tensors(part)]
-    if isinstance(value, (tuple, list)):
-        return [x for part in value for x in _tensors(part)]
-    return []
-
-
-def _distinct(*ids: Tensor) -> tuple[Tensor, ...]:
-    """The same identities without the repetitions that all of them got by being expanded."""
-    first = ids[0]
-    for dim in range(first.dim()):
-        if all(x.stride(dim) == 0 for x in ids):
-            ids = tuple(x.narrow(dim, 0, min(1, x.shape[dim])) for x in ids)
-    return ids
-
-
-def _mapped(ids: Tensor, roots: Tensor) -> Tensor:
-    return torch.where(ids == _UNKNOWN, _UNKNOWN, roots[ids.clamp_min(0)]) if len(roots) else ids
-
-
-def _roots(count: int, pairs: list[Tensor]) -> Tensor:
-    """(count,) the smallest unit that each one is joined to."""
-    roots = torch.arange(count)
-    if not pairs:
-        return roots
-    a, b = torch.cat(pairs).T
-    while True:
-        least = torch.minimum(roots[a], roots[b])
-        new = roots.scatter_reduce(0, roots[a], least, "amin")
-        new = new.scatter_reduce(0, roots[b], least, "amin")
-        new = new[new]
-        if torch.equal(new, roots):
-            return roots
-        roots = new

@@ -18,6 +18,7 @@ from sapwood.minimize.rules.linear import (
     channel_view,
     foldable_bias,
     owner_of,
+    read_tail,
     row_kinds,
 )
 
@@ -123,20 +124,21 @@ def _dense(step: Step, conv: _Convolution, path: str) -> Facts:
     connected = (conv.weight.value != 0).flatten(2).any(2)
     foldable, border = _folds(step, conv, view, path)
     writes = step.analysis.atoms.new(len(connected), path) if len(connected) > 1 else None
-    step.analysis.layers.append(
-        Affine(
-            path,
-            str(conv.weight.source),
-            None if conv.bias is None else conv.bias.source,
-            view.atoms,
-            writes,
-            connected,
-            foldable,
-            view.constants,
-            border=border,
-            taps=None if conv.taps is None else f"{path}.taps".lstrip("."),
-        )
+    layer = Affine(
+        path,
+        str(conv.weight.source),
+        None if conv.bias is None else conv.bias.source,
+        view.atoms,
+        writes,
+        connected,
+        foldable,
+        view.constants,
+        border=border,
+        taps=None if conv.taps is None else f"{path}.taps".lstrip("."),
     )
+    step.analysis.layers.append(layer)
+    if type(step.analysis.module(path)) is nn.Conv2d and not bool(conv.leaving().any()):
+        read_tail(conv.x.tail, layer)
     return _output(step, conv, view, connected, writes)
 
 

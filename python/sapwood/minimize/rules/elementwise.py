@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,10 @@ def pointwise(step: Step) -> Any:
         return opaque(step, f"{step.place} is in training mode")
     operands = [step.analysis.labelled(facts) for facts in step.facts()]
     kind = largest([align(facts.kind, step.value.dim()) for facts in operands])
-    return _combined(step, operands, kind)
+    result = _combined(step, operands, kind)
+    if step.name in ("clone", "alias", "contiguous", "detach"):
+        return replace(result, tail=operands[0].tail)
+    return result
 
 
 @rule("aten.mul.Tensor", "aten.mul.Scalar")

@@ -59,5 +59,5 @@ def _select(step: Step, site: Site, x: Facts) -> Any:
     kind = x.kind.expand(spread).index_select(axis, index)
     shape = [1] * x.ndim
     shape[axis] = len(index)
-    moved = replace(x, value=step.value, kind=compress(kind), tail=None, source=None)
+    moved = replace(x, value=step.value, kind=compress(kind), source=None)
     return moved.with_fields(*view.rest, writes.reshape(shape))

@@ -16,10 +16,11 @@ from sapwood.minimize._facts import (
     compress,
     reduce_to_axis,
 )
+from sapwood.minimize._tails import Tail
 from sapwood.minimize.layers import Affine
 from sapwood.minimize.rules._registry import Step, opaque, rule
 
-__all__ = ["ChannelView", "channel_view", "foldable_bias", "row_kinds"]
+__all__ = ["ChannelView", "channel_view", "foldable_bias", "read_tail", "row_kinds"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,6 @@ class ChannelView:
     kinds: Tensor  # (n,) uint8, the largest over positions
     constants: Tensor  # (n,) float64, meaningful where ``uniform``
     uniform: Tensor  # (n,) bool: a constant, equal at all positions
-    tail: Tensor  # (n,) bool: affine in two features of a norm
     rest: tuple[Tensor, ...]  # fields along other axes
 
 
@@ -49,8 +49,7 @@ def channel_view(step: Step, facts: Facts, axis: int) -> ChannelView:
         uniform = uniform & close(rows, rows[:, :1]).all(1)
     uniform = uniform & torch.isfinite(constants)
     constants = torch.where(uniform, constants, 0.0)
-    tail = torch.zeros(size, dtype=torch.bool) if facts.tail is None else facts.tail.mask
-    return ChannelView(vector, kinds, constants, uniform, tail, rest)
+    return ChannelView(vector, kinds, constants, uniform, rest)
 
 
 def row_kinds(connected: Tensor, kinds: Tensor) -> Tensor:
@@ -78,6 +77,13 @@ def owner_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def read_tail(tail: Tail | None, layer: Affine) -> None:
+    """Lets a layer that is linear per token take the features of a norm."""
+    if tail is not None and layer.reads is not None:
+        layer.tail = tail
+        tail.readers.append(layer)
+
+
 @rule("aten.linear.default")
 def linear(step: Step) -> Any:
     """Constants fold into the bias; a row that no reader uses goes, a row of zeros is its bias."""
@@ -98,19 +104,20 @@ def linear(step: Step) -> Any:
     writes = analysis.atoms.new(out, path) if out > 1 else None
     module = analysis.module(path)
     plain = isinstance(module, nn.Linear) and weight.source == f"{path}.weight".lstrip(".")
-    analysis.layers.append(
-        Affine(
-            path,
-            weight.source,
-            bias.source if bias is not None else None,
-            view.atoms,
-            writes,
-            connected,
-            foldable,
-            view.constants,
-            selectable=plain and path != "",
-        )
+    layer = Affine(
+        path,
+        weight.source,
+        bias.source if bias is not None else None,
+        view.atoms,
+        writes,
+        connected,
+        foldable,
+        view.constants,
+        selectable=plain and path != "",
     )
+    analysis.layers.append(layer)
+    if plain:
+        read_tail(x.tail, layer)
     kind = compress(row_kinds(connected, x.kind))
     fields = view.rest
     if writes is not None:

@@ -67,8 +67,17 @@ def _result(
     if _merges_positions(source, before, value, after):
         # Every position has become a channel of its own: what depends on it is a constant again.
         kind = torch.where(kind == BY_POSITION, CONSTANT, kind).to(torch.uint8)
-    tail = source.tail if source.tail is not None and _keeps_order(before, after) else None
+    tail = source.tail if _keeps_order(before, after) else None
     return Facts(value, kind, tuple(after), tail)
+
+
+def _keeps_order(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Whether the channels stand on one axis, in the order in which they stood on one axis."""
+    return (
+        len(before) == len(after) == 1
+        and len(varying(before[0])) == len(varying(after[0])) == 1
+        and torch.equal(before[0].flatten(), after[0].flatten())
+    )
 
 
 def _movable(step: Step, source: Facts, field: Tensor) -> bool:
@@ -130,14 +139,6 @@ def _merges_positions(
         return False
     old, new = varying(before[0]), varying(after[0])
     return old == [1] and new == [1] and value.shape[1] > source.shape[1] and source.ndim > 2
-
-
-def _keeps_order(before: list[Tensor], after: list[Tensor]) -> bool:
-    return (
-        len(before) == len(after) == 1
-        and len(varying(before[0])) == len(varying(after[0])) == 1
-        and torch.equal(before[0].flatten(), after[0].flatten())
-    )
 
 
 @rule("aten.cat.default", "aten.concat.default", "aten.concatenate.default", "aten.stack.default")

@@ -13,11 +13,11 @@ from sapwood.minimize._facts import (
     CONSTANT,
     LIVE,
     Facts,
-    Tail,
     compress,
     reduce_to_axis,
 )
 from sapwood.minimize._leaves import Site
+from sapwood.minimize._tails import FEATURE, Tail
 from sapwood.minimize.layers import Normalization
 from sapwood.minimize.modules import CompensatedGroupNorm, CompensatedLayerNorm, CompensatedRMSNorm
 from sapwood.minimize.rules._registry import Step, opaque, rule
@@ -103,7 +103,7 @@ def joint_norm(step: Step) -> Any:
     reason = _uncut(step, module, wanted, len(bound["normalized_shape"]), (gain, shift))
     if reason:
         return _untouched(step, x, reason)
-    return _normalised(step, path, x, gain, shift)
+    return _normalised(step, path, x, gain, wanted is nn.LayerNorm)
 
 
 def _uncut(
@@ -138,7 +138,10 @@ def _joint_kind(x: Facts) -> Tensor:
     return compress(kind)
 
 
-def _normalised(step: Step, path: str, x: Facts, gain: Facts | None, shift: Facts | None) -> Facts:
+def _normalised(
+    step: Step, path: str, x: Facts, gain: Facts | None, layer_norm: bool, features: int = 0
+) -> Facts:
+    """The facts behind a norm that appends ``features`` already."""
     view = channel_view(step, x, -1)
     kind = _joint_kind(x)
     if gain is not None:
@@ -147,9 +150,20 @@ def _normalised(step: Step, path: str, x: Facts, gain: Facts | None, shift: Fact
         kind = torch.where(zero, CONSTANT, kind.expand(*kind.shape[:-1], zero.shape[-1]))
     fields, tail = view.rest, None
     if view.atoms is not None:
-        step.analysis.layers.append(Normalization(path, view.atoms, view.uniform, view.constants))
-        fields = (*fields, view.atoms.reshape([1] * (x.ndim - 1) + [-1]))
-        tail = Tail(path, view.uniform & (kind.reshape(-1, x.shape[-1]).amax(0) == LIVE))
+        mask = view.uniform & (reduce_to_axis(kind, -1, x.shape[-1]) == LIVE)
+        count = 2 if layer_norm else 1
+        tail = Tail(path, mask, view.constants, count, features > 0, view.atoms)
+        step.analysis.tails.append(tail)
+        layer = Normalization(path, view.atoms, view.uniform, view.constants, tail=tail)
+        step.analysis.layers.append(layer)
+        written = view.atoms
+        if features:
+            more = step.analysis.atoms.new(features, path)
+            step.analysis.atoms.pin(more, FEATURE)
+            written = torch.cat((written, more))
+            live = torch.full((*kind.shape[:-1], features), LIVE, dtype=torch.uint8)
+            kind = torch.cat((kind.expand(*kind.shape[:-1], x.shape[-1]), live), -1)
+        fields = (*fields, written.reshape([1] * (x.ndim - 1) + [-1]))
     return Facts(step.value, compress(kind.to(torch.uint8)), fields, tail)
 
 
@@ -157,16 +171,17 @@ def compensated(step: Step, site: Site, x: Facts) -> Any:
     """A LayerNorm or RMSNorm that lost channels in an earlier pass."""
     module = site.module
     assert isinstance(module, (CompensatedLayerNorm, CompensatedRMSNorm))
-    if module.tail not in ("none", False) or getattr(module, "channels_first", False):
-        return opaque(step, f"{site.path} carries the features of channels removed before")
+    if module.tail == "mean" or getattr(module, "channels_first", False):
+        return opaque(step, f"{site.path} is of a form that minimization does not make")
 
     def leaf(value: Tensor | None) -> Facts | None:
         if value is None:
             return None
         return Facts(value.detach(), torch.zeros([1] * value.dim(), dtype=torch.uint8))
 
-    gain, shift = leaf(module.weight), leaf(getattr(module, "bias", None))
-    return _normalised(step, site.path, x, gain, shift)
+    layer_norm = isinstance(module, CompensatedLayerNorm)
+    features = step.value.shape[-1] - x.shape[-1]
+    return _normalised(step, site.path, x, leaf(module.weight), layer_norm, features)
 
 
 @rule("aten.group_norm.default")

@@ -176,7 +176,7 @@ def guard_fast_paths(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
             if isinstance(module.self_attn, RaggedAttention):
                 # The first thing that the fused path asks for; without it the plain one is taken.
-                module.self_attn.in_proj_bias = None  # type: ignore[assignment]
+                module.self_attn.in_proj_bias = None
 
 
 def _ordinary(layer: nn.Module) -> bool:

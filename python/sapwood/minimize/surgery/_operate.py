@@ -30,7 +30,18 @@ __all__ = ["operate"]
 _Operation = Callable[[nn.Module, nn.Module, Edit], None]
 
 #: Folding reads whole tensors, so it comes before cutting; replacing takes what cutting left.
-_ORDER = ("fold", "slice", "groups", "reindex", "norm", "attention", "table", "ones", "select")
+_ORDER = (
+    "fold",
+    "slice",
+    "groups",
+    "reindex",
+    "norm",
+    "tail",
+    "attention",
+    "table",
+    "ones",
+    "select",
+)
 
 
 def operate(source: nn.Module, edits: Iterable[Edit]) -> nn.Module:
@@ -114,9 +125,57 @@ def _norm(source: nn.Module, target: nn.Module, edit: Edit) -> None:
         ((nn.GroupNorm, CompensatedGroupNorm), CompensatedGroupNorm),
     ]
     compensated = next(made for types, made in kinds if isinstance(norm, types))
-    options = {"tail": edit["tail"]} if edit.get("tail") else {}
+    options: dict[str, Any] = {}
+    if edit["tail"]:
+        options = {"tail": "both" if compensated is CompensatedLayerNorm else True}
     small = compensated.from_norm(norm, keep, constants, **options)
     replace_module(target, edit["module"], small.to(device=device, dtype=dtype))
+
+
+def _tail(source: nn.Module, target: nn.Module, edit: Edit) -> None:
+    """Gives a reader of a norm columns for the features that carry removed channels.
+
+    A removed channel r is ``r' gamma_r (c_r - m) + t gamma_r + beta_r`` in the features r' and t of
+    a LayerNorm, and ``r' gamma_r c_r`` in that of an RMSNorm. Features of an earlier pass are
+    about the mean m of that pass.
+    """
+    old: Any = source.get_submodule(edit["norm"])
+    new: Any = target.get_submodule(edit["norm"])
+    reader: Any = target.get_submodule(edit["module"])
+    whole: Any = source.get_submodule(edit["module"])
+    weight = whole.weight.detach().double()
+    index = torch.tensor(edit["columns"], dtype=torch.int64, device=weight.device)
+    rows = torch.tensor(edit["rows"], dtype=torch.int64, device=weight.device)
+    values = torch.tensor(edit["values"], dtype=torch.float64, device=weight.device)
+    gone = weight[rows][:, index]  # (rows, removed, *kernel)
+    layer_norm = isinstance(new, CompensatedLayerNorm)
+    gain, shift = (
+        None if getattr(old, key, None) is None else getattr(old, key).detach().double()[index]
+        for key in ("weight", "bias")
+    )
+    scaled = gone if gain is None else _scaled(gone, gain)
+    mean = new.removed_mean.double() if layer_norm else 0.0
+    features = [_scaled(scaled, values - mean).sum(1)]
+    if layer_norm:
+        features.append(scaled.sum(1))
+    if edit["existing"]:
+        earlier = weight[rows][:, -len(features) :]
+        features = [f + earlier[:, i] for i, f in enumerate(features)]
+        if layer_norm:
+            features[0] = features[0] + (old.removed_mean.double() - mean) * earlier[:, 1]
+    keep = torch.tensor(edit["keep"], dtype=torch.int64, device=weight.device)
+    columns = [reader.weight.detach().double()[:, keep], torch.stack(features, 1)]
+    assign(target, f"{edit['module']}.weight".lstrip("."), torch.cat(columns, 1))
+    if shift is not None:
+        moved = _scaled(gone, shift).reshape(len(rows), -1).sum(1)
+        bias = moved if reader.bias is None else reader.bias.detach().double() + moved
+        assign(target, f"{edit['module']}.bias".lstrip("."), bias)
+    refresh(reader)
+
+
+def _scaled(columns: Tensor, factors: Tensor) -> Tensor:
+    """(rows, n, *kernel) times one factor per column."""
+    return columns * factors.reshape(1, -1, *[1] * (columns.dim() - 2))
 
 
 def _table(source: nn.Module, target: nn.Module, edit: Edit) -> None:
@@ -151,6 +210,7 @@ _OPERATIONS: dict[str, _Operation] = {
     "groups": _groups,
     "reindex": _reindex,
     "norm": _norm,
+    "tail": _tail,
     "attention": narrow_attention,
     "table": _table,
     "ones": _ones,
