@@ -183,6 +183,25 @@ class TestPaths:
         assert ops.log_scan_sample(t, init).shape == (2, 4, 7)
 
 
+class TestSegmentSoftmax:
+    def test_sums_to_one_where_there_is_mass(self) -> None:
+        x = torch.randn(3, 60, 2, generator=seeded(12), dtype=torch.float64)
+        x[:, ::7] = -INF
+        index = torch.arange(60) % 7
+        p = ops.segment_softmax(x, index, num_segments=9, dim=1)
+        total = torch.zeros(3, 9, 2, dtype=torch.float64).index_add(1, index, p)
+        want = torch.tensor([0.0] + [1.0] * 6 + [0.0] * 2, dtype=torch.float64)
+        torch.testing.assert_close(total, want[:, None].expand(3, 9, 2))
+        log_p = x - ops.segment_logsumexp(x, index, num_segments=9, dim=1)[:, index]
+        torch.testing.assert_close(p, log_p.exp().nan_to_num(0.0))
+
+    def test_infinities(self) -> None:
+        x = torch.tensor([INF, 1.0, INF, math.nan, 2.0, -INF])
+        p = ops.segment_softmax(x, torch.tensor([0, 0, 0, 1, 1, 2]))
+        want = torch.tensor([0.5, 0.0, 0.5, math.nan, math.nan, 0.0])
+        torch.testing.assert_close(p, want, equal_nan=True)
+
+
 class TestSegmentMax:
     def test_values_indices_and_gradient(self) -> None:
         x = torch.tensor([1.0, 5.0, -INF, 5.0, math.nan, 2.0], requires_grad=True)
