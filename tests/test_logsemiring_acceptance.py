@@ -91,6 +91,12 @@ class TestChains:
             for other in results[1:]:
                 torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-6)
 
+    def test_one_long_chain_is_split(self) -> None:
+        t, init = torch.randn(5000, 2, 2, generator=seeded(13)), torch.zeros(2)
+        every = [ops.log_scan(t, init, method=m) for m in ("auto", "parallel", "sequential")]
+        assert torch.equal(every[0], every[1])
+        torch.testing.assert_close(every[0], every[2], rtol=1e-6, atol=0)
+
     @pytest.mark.parametrize("semiring", ["log", "max"])
     def test_gradients_of_the_parallel_form(self, semiring: str) -> None:
         g = seeded(1)
