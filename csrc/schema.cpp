@@ -24,6 +24,7 @@ SAPWOOD_LIBRARY(m) {
   m.def("segment_logsumexp(Tensor x, Tensor ptr, Tensor? order) -> Tensor");
   m.def(
       "segment_logsumexp_backward(Tensor grad, Tensor x, Tensor ptr, Tensor? order) -> Tensor");
+  m.def("segment_logsumexp_double_backward(Tensor grad, Tensor x, Tensor tangent, Tensor ptr, Tensor? order) -> (Tensor, Tensor)");
   m.def("segment_softmax(Tensor x, Tensor ptr, Tensor? order) -> Tensor");
   m.def("segment_max(Tensor x, Tensor ptr, Tensor? order) -> (Tensor values, Tensor indices)");
   m.def("log_scan(Tensor t, Tensor init, bool maximum) -> Tensor");

@@ -201,6 +201,34 @@ class TestSegmentLogsumexpBackward(DifferentiableBattery):
         return outputs(self.reference(args[0].abs(), *args[1:]))
 
 
+def segment_second(*size: Any) -> tuple[Any, ...]:
+    grad, x, ptr, order = segment_backward(*size)
+    return grad, x, normal(*reversed(x.shape)).mT.reshape(x.shape), ptr, order
+
+
+class TestSegmentLogsumexpDoubleBackward(DifferentiableBattery):
+    name = "segment_logsumexp_double_backward"
+    vmappable = (0, 1, 2)
+    samples = (
+        Sample("main", segment_second(7, 3, 2, 2, False), (0, 1, 2), MAIN),
+        Sample("ordered", segment_second(6, 2, 1, 3, True), (0, 1, 2)),
+        Sample("no entries", (normal(2, 0, 2), normal(2, 0, 2), *SEGMENTS[2].args)),
+        Sample("wide", segment_second(50, 7, 2, 130, False)),
+        Sample("one column", segment_second(500, 7, 2, 1, False)),
+    )
+
+    def reduction(self, args: tuple[Any, ...]) -> int:
+        return max(8, int(args[1].shape[1]))
+
+    def magnitude(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        grad, x, tangent, ptr, order = args
+        mean, _ = self.reference(grad, x, tangent.abs(), ptr, order)
+        flat = torch.zeros_like(tangent)
+        _, spread = self.reference(grad.abs(), x, flat + tangent.abs(), ptr, order)
+        p = torch.ops.sapwood.segment_softmax(x, ptr, order)
+        return mean.abs() + 1e-3, spread.abs() + p + 1e-3
+
+
 class TestSegmentSoftmax(DifferentiableBattery):
     name = "segment_softmax"
     vmappable = (0,)

@@ -91,6 +91,12 @@ class TestChains:
             for other in results[1:]:
                 torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-6)
 
+    def test_one_long_chain_is_split(self) -> None:
+        t, init = torch.randn(5000, 2, 2, generator=seeded(13)), torch.zeros(2)
+        every = [ops.log_scan(t, init, method=m) for m in ("auto", "parallel", "sequential")]
+        assert torch.equal(every[0], every[1])
+        torch.testing.assert_close(every[0], every[2], rtol=1e-6, atol=0)
+
     @pytest.mark.parametrize("semiring", ["log", "max"])
     def test_gradients_of_the_parallel_form(self, semiring: str) -> None:
         g = seeded(1)
@@ -181,6 +187,25 @@ class TestPaths:
         assert value.shape == (2, 4)
         assert path.shape == (2, 4, 7)
         assert ops.log_scan_sample(t, init).shape == (2, 4, 7)
+
+
+class TestSegmentSoftmax:
+    def test_sums_to_one_where_there_is_mass(self) -> None:
+        x = torch.randn(3, 60, 2, generator=seeded(12), dtype=torch.float64)
+        x[:, ::7] = -INF
+        index = torch.arange(60) % 7
+        p = ops.segment_softmax(x, index, num_segments=9, dim=1)
+        total = torch.zeros(3, 9, 2, dtype=torch.float64).index_add(1, index, p)
+        want = torch.tensor([0.0] + [1.0] * 6 + [0.0] * 2, dtype=torch.float64)
+        torch.testing.assert_close(total, want[:, None].expand(3, 9, 2))
+        log_p = x - ops.segment_logsumexp(x, index, num_segments=9, dim=1)[:, index]
+        torch.testing.assert_close(p, log_p.exp().nan_to_num(0.0))
+
+    def test_infinities(self) -> None:
+        x = torch.tensor([INF, 1.0, INF, math.nan, 2.0, -INF])
+        p = ops.segment_softmax(x, torch.tensor([0, 0, 0, 1, 1, 2]))
+        want = torch.tensor([0.5, 0.0, 0.5, math.nan, math.nan, 0.0])
+        torch.testing.assert_close(p, want, equal_nan=True)
 
 
 class TestSegmentMax:

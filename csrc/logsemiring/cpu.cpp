@@ -15,6 +15,7 @@ SAPWOOD_CPU_IMPL(m) {
   m.impl("sample_matmul", TORCH_BOX(&ops::sample_matmul));
   m.impl("segment_logsumexp", TORCH_BOX(&ops::segment_logsumexp));
   m.impl("segment_logsumexp_backward", TORCH_BOX(&ops::segment_logsumexp_backward));
+  m.impl("segment_logsumexp_double_backward", TORCH_BOX(&ops::segment_logsumexp_double_backward));
   m.impl("segment_softmax", TORCH_BOX(&ops::segment_softmax));
   m.impl("segment_max", TORCH_BOX(&ops::segment_max));
   m.impl("log_scan", TORCH_BOX(&ops::log_scan));

@@ -52,6 +52,13 @@ void segment_values(const T* x, int64_t inner, const Segments& g, int64_t s, int
   }
 }
 
+// The probability of a term, given maximum and sum of its segment.
+template <class T>
+T share_of(T x, T top, T sum) {
+  const T p = x == top ? T(1) : math::exp(x - top);
+  return sum != sum ? sum : top == -kInf<T> ? T(0) : p / sum;
+}
+
 // Times scale[c] unless that is null.
 template <class T>
 void segment_weights(const T* x, int64_t inner, const Segments& g, int64_t s, int64_t width,
@@ -62,8 +69,7 @@ void segment_weights(const T* x, int64_t inner, const Segments& g, int64_t s, in
     const T* row = x + g.entry(i) * inner;
     T* to = out + g.entry(i) * inner;
     for (int64_t c = 0; c < width; ++c) {
-      const T p = row[c] == top[c] ? T(1) : math::exp(row[c] - top[c]);
-      const T share = sum[c] != sum[c] ? sum[c] : top[c] == -kInf<T> ? T(0) : p / sum[c];
+      const T share = share_of(row[c], top[c], sum[c]);
       to[c] = scale != nullptr ? scale[c] * share : share;
     }
   }
@@ -204,6 +210,67 @@ inline Tensor weights_of(const char* op, const std::optional<Tensor>& scale_in, 
     });
   });
   return back_to(out, x.scalar_type());
+}
+
+// With p the probabilities: the mean of the tangent over the segment, and grad p (tangent - mean).
+template <class T>
+void segment_second(const T* x, const T* tangent, int64_t inner, const Segments& g, int64_t s,
+                    int64_t width, const T* grad, T* mean, T* out) {
+  T top[kInner], sum[kInner];
+  reduce_segment(x, inner, g, s, width, top, sum);
+  std::fill_n(mean, width, T(0));
+  for (int64_t i = g.ptr[s]; i < g.ptr[s + 1]; ++i) {
+    const int64_t at = g.entry(i) * inner;
+    for (int64_t c = 0; c < width; ++c) {
+      out[at + c] = share_of(x[at + c], top[c], sum[c]);
+      mean[c] += out[at + c] * tangent[at + c];
+    }
+  }
+  for (int64_t i = g.ptr[s]; i < g.ptr[s + 1]; ++i) {
+    const int64_t at = g.entry(i) * inner;
+    for (int64_t c = 0; c < width; ++c) out[at + c] *= grad[c] * (tangent[at + c] - mean[c]);
+  }
+}
+
+inline std::tuple<Tensor, Tensor> segment_logsumexp_double_backward(
+    const Tensor& grad_in, const Tensor& x, const Tensor& tangent_in, const Tensor& ptr_in,
+    const std::optional<Tensor>& order_in) {
+  const char* op = "segment_logsumexp_double_backward";
+  const Tensor ptr = torch::stable::contiguous(ptr_in);
+  const std::optional<Tensor> order = contiguous_order(order_in);
+  const Segments g = segments_of(op, x, ptr, order);
+  const int64_t n = x.size(1), inner = x.size(2);
+  check_shape(op, "grad", grad_in, {x.size(0), g.count, inner});
+  check_shape(op, "tangent", tangent_in, x.sizes());
+  check_like(op, "grad", grad_in, x);
+  check_like(op, "tangent", tangent_in, x);
+  const Tensor from = torch::stable::contiguous(as_compute(x));
+  const Tensor grad = torch::stable::contiguous(as_compute(grad_in));
+  const Tensor tangent = torch::stable::contiguous(as_compute(tangent_in));
+  const Tensor mean = torch::stable::new_empty(from, {x.size(0), g.count, inner});
+  const Tensor out = torch::stable::new_empty(from, {x.size(0), n, inner});
+  with_type(from, [&](auto zero) {
+    using T = decltype(zero);
+    over_segments<T>(x, g, [&](int64_t o, int64_t s, int64_t first, int64_t width, auto& scratch) {
+      const int64_t at = o * n * inner + first, to = (o * g.count + s) * inner + first;
+      const T *source = data<T>(from) + at, *slope = data<T>(tangent) + at;
+      T* given = mutable_data<T>(out) + at;
+      T* middle = mutable_data<T>(mean) + to;
+      const T* factor = data<T>(grad) + to;
+      if (inner != 1 || !gathered_segment<true>(source, g, s, scratch, T(1), given)) {
+        return segment_second<T>(source, slope, inner, g, s, width, factor, middle, given);
+      }
+      T total = 0;  // given holds the probabilities
+      for (int64_t i = g.ptr[s]; i < g.ptr[s + 1]; ++i) {
+        total += given[g.entry(i)] * slope[g.entry(i)];
+      }
+      for (int64_t i = g.ptr[s]; i < g.ptr[s + 1]; ++i) {
+        given[g.entry(i)] *= *factor * (slope[g.entry(i)] - total);
+      }
+      *middle = total;
+    });
+  });
+  return {back_to(mean, x.scalar_type()), back_to(out, x.scalar_type())};
 }
 
 // The largest entry of a segment for `width` columns, and which entry it is: NaN wins, then the first.

@@ -1,46 +1,12 @@
 // logsemiring on CUDA: tensors in, launches of the kernels in cuda_*.cuh, registration.
 #include <algorithm>
-#include <optional>
 #include <tuple>
 
-#include "common/checks.h"
-#include "common/cuda.h"
-#include "common/cuda_tensor.h"
 #include "common/registry.h"
-#include "logsemiring/cuda_sequence.cuh"
+#include "logsemiring/cuda_segment.cuh"
 
 namespace sapwood::logsemiring::device {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-
-Tensor widened(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  const bool half = type == ScalarType::Half || type == ScalarType::BFloat16;
-  return half ? torch::stable::to(t, ScalarType::Float) : t;
-}
-
-Tensor restored(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
-}
-
-// Calls f(T{}) for float32 or float64.
-template <class F>
-void with_type(const char* op, const Tensor& t, F&& f) {
-  if (t.scalar_type() == ScalarType::Float) return f(float{});
-  if (t.scalar_type() == ScalarType::Double) return f(double{});
-  check_dtype(op, "argument", t, false, "float32, float64, float16 or bfloat16");
-}
-
-template <class T>
-Batched<T> batched(const Tensor& t) {
-  return {input<T>(t), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-void check_like(const char* op, const char* argument, const Tensor& t, const Tensor& like) {
-  check_device(op, argument, t, "a", like);
-  check_dtype(op, argument, t, t.scalar_type() == like.scalar_type(), "of a's dtype");
-}
 
 Shape product_shape(const char* op, const Tensor& a, const Tensor& b) {
   check_dim(op, "a", a, 3);
@@ -179,105 +145,6 @@ Tensor sample_matmul(const Tensor& a_in, const Tensor& b_in, int64_t num_samples
   return out;
 }
 
-// Checked arguments of an op over segments, contiguous. The contents of ptr and order are not
-// checked: that would wait for the device; SegmentPlan checks them when it is made.
-struct SegmentArguments {
-  Tensor x, ptr;
-  OptionalTensor order;
-
-  Division division() const {
-    return {input<int64_t>(ptr), order ? input<int64_t>(*order) : nullptr,
-            x.size(0),           ptr.numel() - 1,
-            x.size(2),           x.size(1)};
-  }
-};
-
-SegmentArguments segment_arguments(const char* op, const Tensor& x_in, const Tensor& ptr_in,
-                                   const OptionalTensor& order_in) {
-  check_dim(op, "x", x_in, 3);
-  check_dim(op, "ptr", ptr_in, 1);
-  check_dtype(op, "ptr", ptr_in, ptr_in.scalar_type() == ScalarType::Long, "int64");
-  check_device(op, "ptr", ptr_in, "x", x_in);
-  STD_TORCH_CHECK(ptr_in.numel() > 0, "sapwood.", op, ": ptr must not be empty, got (0,)");
-  SegmentArguments found{torch::stable::contiguous(widened(x_in)),
-                         torch::stable::contiguous(ptr_in), std::nullopt};
-  if (order_in) {
-    check_shape(op, "order", *order_in, {x_in.size(1)});
-    check_dtype(op, "order", *order_in, order_in->scalar_type() == ScalarType::Long, "int64");
-    check_device(op, "order", *order_in, "x", x_in);
-    found.order = torch::stable::contiguous(*order_in);
-  }
-  return found;
-}
-
-unsigned warp_blocks(const Division& d) {
-  const int64_t warps = d.outer * d.count * d.inner, per_block = kThreads / kWarp;
-  return grid_of((warps + per_block - 1) / per_block);
-}
-
-// Values (O, S, I), or weights (O, n, I), times a scale (O, S, I) if there is one.
-Tensor segments(const char* op, const Tensor& x_in, const Tensor& ptr_in,
-                const OptionalTensor& order_in, bool weights, const OptionalTensor& scale_in) {
-  const DeviceScope scope(x_in);
-  const SegmentArguments given = segment_arguments(op, x_in, ptr_in, order_in);
-  const Tensor& x = given.x;
-  const Division d = given.division();
-  OptionalTensor scale;
-  if (scale_in) {
-    check_shape(op, "grad", *scale_in, {x.size(0), d.count, x.size(2)});
-    check_like(op, "grad", *scale_in, x_in);
-    check_device(op, "grad", *scale_in, "x", x_in);
-    scale = torch::stable::contiguous(widened(*scale_in));
-  }
-  const Tensor out =
-      torch::stable::new_empty(x, {x.size(0), weights ? x.size(1) : d.count, x.size(2)});
-  if (warp_blocks(d) > 0) {
-    with_type(op, x, [&](auto zero) {
-      using T = decltype(zero);
-      auto kernel = segment_kernel<T>;
-      T *values = weights ? nullptr : output<T>(out), *shares = weights ? output<T>(out) : nullptr;
-      SAPWOOD_LAUNCH(kernel, warp_blocks(d), kThreads, 0, current_stream(x), input<T>(x), d,
-                     scale ? input<T>(*scale) : nullptr, values, shares);
-      SAPWOOD_CUDA_CHECK(cudaGetLastError());
-    });
-  }
-  return restored(out, x_in.scalar_type());
-}
-
-std::tuple<Tensor, Tensor> segment_max(const Tensor& x_in, const Tensor& ptr,
-                                       const OptionalTensor& order) {
-  const char* op = "segment_max";
-  const DeviceScope scope(x_in);
-  const SegmentArguments given = segment_arguments(op, x_in, ptr, order);
-  const Division d = given.division();
-  const Tensor values = torch::stable::new_empty(given.x, {d.outer, d.count, d.inner});
-  const Tensor indices =
-      torch::stable::new_empty(given.x, {d.outer, d.count, d.inner}, ScalarType::Long);
-  if (warp_blocks(d) > 0) {
-    with_type(op, given.x, [&](auto zero) {
-      using T = decltype(zero);
-      auto kernel = segment_max_kernel<T>;
-      SAPWOOD_LAUNCH(kernel, warp_blocks(d), kThreads, 0, current_stream(given.x),
-                     input<T>(given.x), d, output<T>(values), output<int64_t>(indices));
-      SAPWOOD_CUDA_CHECK(cudaGetLastError());
-    });
-  }
-  return {restored(values, x_in.scalar_type()), indices};
-}
-
-Tensor segment_logsumexp(const Tensor& x, const Tensor& ptr, const OptionalTensor& order) {
-  return segments("segment_logsumexp", x, ptr, order, false, std::nullopt);
-}
-
-Tensor segment_softmax(const Tensor& x, const Tensor& ptr, const OptionalTensor& order) {
-  return segments("segment_softmax", x, ptr, order, true, std::nullopt);
-}
-
-Tensor segment_logsumexp_backward(const Tensor& grad, const Tensor& x, const Tensor& ptr,
-                                  const OptionalTensor& order) {
-  return segments("segment_logsumexp_backward", x, ptr, order, true, grad);
-}
-
 template <class T>
 Chain<T> chain(const Tensor& t) {
   return {input<T>(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
@@ -380,6 +247,7 @@ SAPWOOD_CUDA_IMPL(m) {
   m.impl("sample_matmul", TORCH_BOX(&ops::sample_matmul));
   m.impl("segment_logsumexp", TORCH_BOX(&ops::segment_logsumexp));
   m.impl("segment_logsumexp_backward", TORCH_BOX(&ops::segment_logsumexp_backward));
+  m.impl("segment_logsumexp_double_backward", TORCH_BOX(&ops::segment_logsumexp_double_backward));
   m.impl("segment_softmax", TORCH_BOX(&ops::segment_softmax));
   m.impl("segment_max", TORCH_BOX(&ops::segment_max));
   m.impl("log_scan", TORCH_BOX(&ops::log_scan));

@@ -102,6 +102,39 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+// With p the probabilities: means (O, S, I) of the tangent over each segment, and
+// out (O, n, I) = grad p (tangent - mean).
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    segment_second_kernel(const T* x, const T* tangent, Division d, const T* grad, T* means,
+                          T* out) {
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int64_t t = first; t < d.outer * d.count * d.inner; t += warps) {
+    const int64_t o = t / (d.count * d.inner), s = t / d.inner % d.count, c = t % d.inner;
+    const int64_t column = o * d.entries * d.inner + c;
+    T top = -infinity<T>(), sum = 0, mean = 0;
+    for (int64_t i = d.ptr[s] + lane; i < d.ptr[s + 1]; i += kWarp) {
+      top = larger(x[column + (d.order != nullptr ? d.order[i] : i) * d.inner], top);
+    }
+    top = warp_max(top);
+    for (int64_t i = d.ptr[s] + lane; i < d.ptr[s + 1]; i += kWarp) {
+      const int64_t at = column + (d.order != nullptr ? d.order[i] : i) * d.inner;
+      sum += scaled(x[at], top);
+      mean += scaled(x[at], top) * tangent[at];
+    }
+    sum = warp_sum(sum);
+    const T weight = inverse(top, sum);
+    mean = warp_sum(mean) * weight;
+    if (lane == 0) means[t] = mean;
+    for (int64_t i = d.ptr[s] + lane; i < d.ptr[s + 1]; i += kWarp) {
+      const int64_t at = column + (d.order != nullptr ? d.order[i] : i) * d.inner;
+      out[at] = grad[t] * (scaled(x[at], top) * weight) * (tangent[at] - mean);
+    }
+  }
+}
+
 // A maximum and which entry it is: NaN wins, then the first entry.
 template <class T>
 struct Place {

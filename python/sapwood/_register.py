@@ -77,15 +77,16 @@ def define_op(spec: OpSpec) -> Callable[..., Any]:
     if spec.backward is None:
         return op  # type: ignore[no-any-return]
     torch.library.register_autograd(name, spec.backward, setup_context=spec.setup)
-    call = _differentiable(spec, op)
+    call = _differentiable(spec, op, spec.backward)
     _callables[spec.name] = call
     return call
 
 
-def _differentiable(spec: OpSpec, op: Callable[..., Any]) -> Callable[..., Any]:
+def _differentiable(
+    spec: OpSpec, op: Callable[..., Any], derivative: Callable[..., Any]
+) -> Callable[..., Any]:
     """The function to call for an op with a derivative."""
-    setup, backward = spec.setup, spec.backward
-    assert backward is not None
+    setup = spec.setup
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -98,7 +99,7 @@ def _differentiable(spec: OpSpec, op: Callable[..., Any]) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, *grads)
+            return derivative(ctx, *grads)
 
     class UnderTransforms(torch.autograd.Function):
         @staticmethod
@@ -112,7 +113,7 @@ def _differentiable(spec: OpSpec, op: Callable[..., Any]) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, *grads)
+            return derivative(ctx, *grads)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

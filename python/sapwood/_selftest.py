@@ -94,6 +94,9 @@ def _logsemiring() -> str:
     forward = ops.logsumexp(ops.log_scan(steps, torch.zeros(4)).double(), 0)
     backward = ops.logsumexp(ops.log_scan(steps, torch.zeros(4), reverse=True).double(), 0)
     worst.append(_difference("log_scan", forward[None], backward[None]))
+    value, path = ops.log_scan_argmax(steps, torch.zeros(4))
+    weight = steps[torch.arange(200), path[:-1], path[1:]].double().sum()
+    worst.append(_difference("log_scan_argmax", value[None], weight[None]))
     return f"products at scales 1 and 100, -inf, a chain of 200: within {max(worst):.0e}"
 
 

@@ -156,6 +156,10 @@ void check_segments(int64_t outer, int64_t entries, int64_t inner) {
                  weights.data());
   SAPWOOD_LAUNCH(segment_max_kernel<float>, 3u, kThreads, 0, nullptr, x.data(), d, maxima.data(),
                  places.data());
+  const std::vector<float> tangent = normal(outer * entries * inner, 7), grad = normal(outputs, 8);
+  std::vector<float> means(outputs), second(x.size());
+  SAPWOOD_LAUNCH(segment_second_kernel<float>, 3u, kThreads, 0, nullptr, x.data(), tangent.data(),
+                 d, grad.data(), means.data(), second.data());
   bool right = true;
   for (int64_t t = 0; t < outputs; ++t) {
     const int64_t o = t / (count * inner), s = t / inner % count, c = t % inner;
@@ -169,8 +173,16 @@ void check_segments(int64_t outer, int64_t entries, int64_t inner) {
     const double want = log_sum(terms);
     right &= near(values[t], want) && places[t] == best;
     right &= maxima[t] == (best < 0 ? -INFINITY : x[at(best)]);
+    double mean = 0;
     for (int64_t i = ptr[s]; i < ptr[s + 1]; ++i) {
-      right &= near(weights[at(order[i])], std::exp(x[at(order[i])] - want));
+      const double p = std::exp(x[at(order[i])] - want);
+      right &= near(weights[at(order[i])], p);
+      mean += p * tangent[at(order[i])];
+    }
+    right &= near(means[t], mean);
+    for (int64_t i = ptr[s]; i < ptr[s + 1]; ++i) {
+      const double p = std::exp(x[at(order[i])] - want);
+      right &= near(second[at(order[i])], grad[t] * p * (tangent[at(order[i])] - mean));
     }
   }
   expect(right, "segments of " + std::to_string(entries) + " by " + std::to_string(inner));

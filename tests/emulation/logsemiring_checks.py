@@ -192,6 +192,23 @@ def check_segments(ops: Any, inner: int, dtype: torch.dtype, device: str = "cpu"
     )
 
 
+def check_segment_second(ops: Any, inner: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    g = torch.Generator().manual_seed(inner)
+    x, tangent = (torch.randn(2, 90, inner, generator=g).to(device, dtype) for _ in range(2))
+    x[0, 3], x[1, 3::4] = -math.inf, -math.inf
+    index = torch.arange(90, device=device) % 4
+    order = index.argsort(stable=True)
+    ptr = torch.nn.functional.pad(index.bincount(minlength=5).cumsum(0), (1, 0))
+    grad = torch.randn(2, 5, inner, generator=g).to(device, dtype)
+    wide = (t.double() for t in (grad, x, tangent))
+    for got, want in zip(
+        ops.segment_logsumexp_double_backward(grad, x, tangent, ptr, order),
+        reference.segment_logsumexp_double_backward(*wide, ptr, order),
+        strict=True,
+    ):
+        close(got, want)
+
+
 def check_segment_maxima(ops: Any, inner: int, dtype: torch.dtype, device: str = "cpu") -> None:
     g = torch.Generator().manual_seed(inner)
     x = torch.randn(2, 90, inner, generator=g).mul(3).round().to(device, dtype)  # ties

@@ -85,6 +85,12 @@ def test_chains(ops: Any, rows: int, k: int) -> None:
 
 @by_dtype
 @pytest.mark.parametrize("inner", [1, 5])
+def test_segment_second(ops: Any, inner: int, dtype: torch.dtype) -> None:
+    checks.check_segment_second(ops, inner, dtype)
+
+
+@by_dtype
+@pytest.mark.parametrize("inner", [1, 5])
 def test_segment_maxima(ops: Any, inner: int, dtype: torch.dtype) -> None:
     checks.check_segment_maxima(ops, inner, dtype)
 

@@ -92,6 +92,7 @@ def test_chains(ops: Any, rows: int, k: int) -> None:
 @pytest.mark.parametrize("inner", [1, 5, 130])
 def test_segment_maxima(inner: int, dtype: torch.dtype) -> None:
     checks.check_segment_maxima(torch.ops.sapwood, inner, dtype, "cuda")
+    checks.check_segment_second(torch.ops.sapwood, inner, dtype, "cuda")
 
 
 @pytest.mark.parametrize("k", [2, 17, 64])

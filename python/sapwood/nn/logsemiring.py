@@ -26,14 +26,13 @@ class LogLinear(nn.Module):
         layer = sapwood.nn.LogLinear(8, 3)
         y = layer(torch.log_softmax(torch.randn(32, 8), -1))   # (32, 3), sums to one as x does
 
+    The parameter ``logits`` (K, N) is normalised by rows to log p(j | i).
+
     Args:
         in_features: K.
         out_features: N.
         device: of the logits.
         dtype: of the logits.
-
-    Attributes:
-        logits: (K, N); ``log_normalize`` along the last dimension makes them log p(j | i).
     """
 
     def __init__(
@@ -79,19 +78,15 @@ class HMM(nn.Module):
         loss.backward()
         log_prob, path = model.decode(sequences)   # (32,), (32, 50)
 
-    Logits are normalised by ``log_normalize``; one that is -inf forbids a transition or a symbol,
-    exactly, and stays so in training.
+    The parameters are logits, normalised by rows: ``start`` (k,) of the first state, ``transition``
+    (k, k) of the next state given this one, ``emission`` (k, V) of the symbol given the state. One
+    that is -inf forbids a transition or a symbol, exactly, and stays so in training.
 
     Args:
         num_states: k.
         num_symbols: V.
         device: of the logits.
         dtype: of the logits.
-
-    Attributes:
-        start: (k,) logits of the first state.
-        transition: (k, k) logits of the next state given this one, by rows.
-        emission: (k, V) logits of the symbol given the state, by rows.
 
     References:
         Rabiner, A tutorial on hidden Markov models, Proceedings of the IEEE 1989.

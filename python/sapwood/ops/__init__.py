@@ -29,6 +29,7 @@ from sapwood.ops.logsemiring import (
     sample_matmul,
     segment_logsumexp,
     segment_max,
+    segment_softmax,
 )
 from sapwood.ops.masked_matmul import (
     Decision,
@@ -95,6 +96,7 @@ __all__ = [
     "sampled_matmul",
     "segment_logsumexp",
     "segment_max",
+    "segment_softmax",
     "similarity_clusters",
     "similarity_matrix",
     "similarity_pairs",

@@ -163,6 +163,17 @@ def segment_logsumexp_backward(
     return grad.index_select(1, ids) * segment_softmax(x, ptr, order)
 
 
+def segment_logsumexp_double_backward(
+    grad: Tensor, x: Tensor, tangent: Tensor, ptr: Tensor, order: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The derivative of <tangent, dx> in grad (O, S, I) and x (O, n, I)."""
+    ids = segment_ids(ptr, order, x.shape[1])
+    p = segment_softmax(x, ptr, order)
+    mean = torch.zeros_like(grad).index_add(1, ids, p * tangent)
+    centred = tangent - mean.index_select(1, ids)
+    return mean, grad.index_select(1, ids) * p * centred
+
+
 def segment_max(x: Tensor, ptr: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
     """The maxima of segments of dimension 1, and the first entry of x that attains each."""
     values, indices = [], []

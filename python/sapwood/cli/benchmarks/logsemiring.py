@@ -21,6 +21,7 @@ PROVIDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sample_matmul": ("broadcast", ("broadcast", "sapwood")),
     "segment_logsumexp": ("scatter", ("scatter", "sapwood")),
     "segment_logsumexp_grad_grad": ("scatter", ("scatter", "sapwood")),
+    "segment_softmax": ("scatter", ("scatter", "sapwood")),
     "segment_max": ("scatter", ("scatter", "sapwood")),
     "log_scan": ("loop", ("loop", "sapwood")),
     "log_scan_argmax": ("loop", ("loop", "sapwood")),
@@ -101,6 +102,7 @@ def cases(*, quick: bool, device: str = "cpu", dtype: str = "float32") -> Iterat
     yield LogsemiringCase("sample_matmul", 1, 16, 16, 16, dtype, device)
     yield LogsemiringCase("segment_logsumexp", 1, 20_000, 1, 300, dtype, device)
     yield LogsemiringCase("segment_logsumexp_grad_grad", 1, 20_000, 1, 300, dtype, device)
+    yield LogsemiringCase("segment_softmax", 1, 20_000, 1, 300, dtype, device)
     yield LogsemiringCase("segment_max", 1, 20_000, 1, 300, dtype, device)
     yield LogsemiringCase("log_scan", 32, 64, 2, 2, dtype, device)
     yield LogsemiringCase("log_scan_argmax", 32, 64, 8, 8, dtype, device)
@@ -207,15 +209,31 @@ def _segments(case: LogsemiringCase, provider: str) -> Call:
     return second if case.op == "segment_logsumexp_grad_grad" else step
 
 
-def _segment_maxima(case: LogsemiringCase, provider: str) -> Call:
-    """m entries in n segments: the largest of each."""
+def _segment_forward(case: LogsemiringCase, provider: str) -> Call:
+    """m entries in n segments: the largest of each and its place, or the softmax within each."""
     x = case.operands()[0].flatten()[: case.m].clone()
     index = torch.arange(case.m, device=case.device) * 7919 % case.n
     plan = sapwood.ops.SegmentPlan(index, case.n)
-    if provider == "sapwood":
-        return lambda: sapwood.ops.segment_max(x, plan=plan).values
     empty = x.new_full((case.n,), -torch.inf)
-    return lambda: empty.scatter_reduce(0, index, x, "amax")
+
+    def softmax() -> Tensor:
+        e = (x - empty.scatter_reduce(0, index, x, "amax")[index]).exp()
+        return e / torch.zeros_like(empty).index_add(0, index, e)[index]
+
+    def maxima() -> tuple[Tensor, Tensor]:
+        top = empty.scatter_reduce(0, index, x, "amax")
+        entry = torch.arange(case.m, device=case.device)
+        first = torch.where(x == top[index], entry, case.m)
+        none = torch.full((case.n,), case.m, device=case.device)
+        return top, none.scatter_reduce(0, index, first, "amin")
+
+    if case.op == "segment_max":
+        if provider == "sapwood":
+            return lambda: tuple(sapwood.ops.segment_max(x, plan=plan))
+        return maxima
+    if provider == "sapwood":
+        return lambda: sapwood.ops.segment_softmax(x, plan=plan)
+    return softmax
 
 
 def _chain_operands(case: LogsemiringCase) -> tuple[Tensor, Tensor]:
@@ -274,7 +292,8 @@ _BUILDERS: dict[str, Callable[[LogsemiringCase, str], Call]] = {
     "sample_matmul": _draws,
     "segment_logsumexp": _segments,
     "segment_logsumexp_grad_grad": _segments,
-    "segment_max": _segment_maxima,
+    "segment_softmax": _segment_forward,
+    "segment_max": _segment_forward,
     "log_scan": _chain,
     "log_scan_argmax": _best_path,
 }

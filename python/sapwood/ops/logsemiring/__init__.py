@@ -13,6 +13,7 @@ from sapwood.ops.logsemiring._segment import (
     SegmentPlan,
     segment_logsumexp,
     segment_max,
+    segment_softmax,
 )
 from sapwood.ops.logsemiring._sequence import log_conv, log_scan
 
@@ -35,4 +36,5 @@ __all__ = [
     "sample_matmul",
     "segment_logsumexp",
     "segment_max",
+    "segment_softmax",
 ]

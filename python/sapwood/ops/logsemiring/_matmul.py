@@ -47,20 +47,22 @@ _LOG, _MAX, _SAMPLE = (_backends(n) for n in ("log_matmul", "max_matmul", "sampl
 
 def floats(op: str, **tensors: Tensor) -> list[Tensor]:
     """Checked tensors in their common dtype; under autocast float32."""
+    given = list(tensors.values())
+    alike = True
     for name, value in tensors.items():
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             _check.tensor(op, name, value)
             _check.floating(op, name, value)
-    given = list(tensors.values())
-    if any(t.device != given[0].device for t in given[1:]):
-        _check.same_device(op, **tensors)
-    device = given[0].device.type
-    if torch.is_autocast_enabled(device):
+        alike = alike and value.dtype == given[0].dtype and value.device == given[0].device
+    autocast = torch.is_autocast_enabled(given[0].device.type)
+    if alike and not autocast:  # most calls
+        return given
+    _check.same_device(op, **tensors)
+    if autocast:
         given = [t if t.dtype == torch.float64 else t.float() for t in given]
     dtype = given[0].dtype
     for other in given[1:]:
-        if other.dtype != dtype:
-            dtype = torch.promote_types(dtype, other.dtype)
+        dtype = torch.promote_types(dtype, other.dtype)
     return [t if t.dtype == dtype else t.to(dtype) for t in given]
 
 
@@ -83,7 +85,7 @@ class _Product(NamedTuple):
 def _product(op: str, a: Tensor, b: Tensor) -> _Product:
     a, b = floats(op, a=a, b=b)
     if a.dim() == 2 == b.dim() and a.shape[1] == b.shape[0]:  # most calls
-        return _Product(a.unsqueeze(0), b.unsqueeze(0), (), tuple(a.shape[:1]), tuple(b.shape[1:]))
+        return _Product(a.unsqueeze(0), b.unsqueeze(0), (), (a.shape[0],), (b.shape[1],))
     for name, value in (("a", a), ("b", b)):
         if value.dim() == 0:
             _check.fail(ValueError, op, name, "have at least 1 dimension", "shape ()")

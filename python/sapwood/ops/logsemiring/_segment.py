@@ -12,12 +12,17 @@ from sapwood.ops.logsemiring import _sequence_specs, _triton
 from sapwood.ops.logsemiring._matmul import floats
 from sapwood.reference import logsemiring as reference
 
-_SUM, _MAX = "segment_logsumexp", "segment_max"
+_SUM, _SOFTMAX, _MAX = "segment_logsumexp", "segment_softmax", "segment_max"
 _BACKENDS: dict[str, tuple[_backend.Backend, ...]] = {
     _SUM: (
         _backend.native(_SUM, _sequence_specs.segment_logsumexp),
         _triton.backend(_SUM),
         _backend.Backend("reference", lambda *_: None, reference.segment_logsumexp),
+    ),
+    _SOFTMAX: (
+        _backend.native(_SOFTMAX, _sequence_specs.segment_softmax),
+        _triton.backend(_SOFTMAX),
+        _backend.Backend("reference", lambda *_: None, reference.segment_softmax),
     ),
     _MAX: (
         _backend.native(_MAX, _sequence_specs.segment_max),
@@ -213,6 +218,47 @@ def segment_logsumexp(
     """
     division = _divide(_SUM, x, index, ptr, plan, num_segments, dim)
     return division.restore(division.run(_SUM))
+
+
+@_backend.explainable(_explainer(_SOFTMAX))
+def segment_softmax(
+    x: Tensor,
+    index: Tensor | None = None,
+    *,
+    ptr: Tensor | None = None,
+    plan: SegmentPlan | None = None,
+    num_segments: int | None = None,
+    dim: int = -1,
+) -> Tensor:
+    """Softmax within each segment of a dimension: ``exp(x - segment_logsumexp(x))``.
+
+    Example::
+
+        scores, node = torch.randn(5), torch.tensor([0, 2, 0, 2, 2])
+        attention = sapwood.ops.segment_softmax(scores, node)   # (5,), sums to one at every node
+
+    Give exactly one of ``index``, ``ptr`` and ``plan``; a plan saves the sorting in later calls.
+
+    Args:
+        x: (*) floating point.
+        index: (x.size(dim),) int64, the segment of each entry, in any order.
+        ptr: (S + 1,) int64: segment s holds the entries ptr[s] to ptr[s + 1] - 1.
+        plan: a :class:`SegmentPlan`.
+        num_segments: S; default the largest index + 1.
+        dim: the dimension that the segments divide.
+
+    Returns:
+        (*), as ``x``. A segment of -inf only gives zeros; +inf entries share their segment equally.
+
+    Raises:
+        ValueError: for none or several of the three, an index out of range, a ``ptr`` that
+            decreases or does not end at the size of ``dim``.
+        TypeError: for non-tensors and wrong dtypes.
+        RuntimeError: for tensors on different devices.
+    """
+    division = _divide(_SOFTMAX, x, index, ptr, plan, num_segments, dim)
+    p: Tensor = division.run(_SOFTMAX)
+    return p.reshape(x.shape)
 
 
 @_backend.explainable(_explainer(_MAX))

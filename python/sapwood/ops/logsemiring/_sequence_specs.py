@@ -12,10 +12,10 @@ from sapwood._register import OpSpec, define_op, loop_over_batch
 from sapwood.ops.logsemiring._specs import (
     FAMILY,
     _fold,
-    _through,
     _unfold,
     _vmap_batched,
     _vmap_sample,
+    through,
 )
 from sapwood.reference import logsemiring as reference
 
@@ -57,13 +57,23 @@ def _fake_shares(grad: Tensor, x: Tensor, ptr: Tensor, order: Tensor | None) -> 
 
 
 def _backward_shares(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    """With p the softmax: the mean of the tangent, and g p (tangent - mean)."""
     grad, x, ptr, order = ctx.saved_tensors
-    ids = reference.segment_ids(ptr, order, x.shape[1])
-    p = segment_softmax(x, ptr, order)
-    mean = _sums(p * tangent, ids, ptr.shape[0] - 1)
-    weighted = grad.index_select(1, ids) * p
-    return mean, weighted * (tangent - mean.index_select(1, ids)), None, None
+    return (*segment_logsumexp_double_backward(grad, x, tangent, ptr, order), None, None)
+
+
+def _fake_second(
+    grad: Tensor, x: Tensor, tangent: Tensor, ptr: Tensor, order: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.shape), x.new_empty(x.shape)
+
+
+def _backward_second(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *_, ptr, order = ctx.saved_tensors
+
+    def second(grad: Tensor, x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.segment_logsumexp_double_backward(grad, x, tangent, ptr, order)
+
+    return *through(second, ctx.saved_tensors[:3], grads), None, None
 
 
 def _setup_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -87,6 +97,16 @@ def _vmap_shares(
     return _unfold(call(grad, x, *args[2:]), info.batch_size), 0
 
 
+def _vmap_second(
+    call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Any, Any]:
+    size = info.batch_size
+    if in_dims[3] is not None or in_dims[4] is not None or size == 0:
+        return loop_over_batch(call, info, in_dims, *args)  # type: ignore[no-any-return]
+    folded = (_fold(a, d, size) for a, d in zip(args[:3], in_dims[:3], strict=True))
+    return tuple(_unfold(r, size) for r in call(*folded, *args[3:])), (0, 0)
+
+
 def _vmap_segments(
     call: Callable[..., Tensor], info: Any, in_dims: tuple[Any, ...], *args: Any
 ) -> tuple[Tensor, int]:
@@ -105,6 +125,17 @@ segment_softmax = define_op(
         vmap=_vmap_segments,
         setup=_setup_weights,
         backward=_backward_weights,
+    )
+)
+segment_logsumexp_double_backward = define_op(
+    OpSpec(
+        "segment_logsumexp_double_backward",
+        FAMILY,
+        fake=_fake_second,
+        reference=reference.segment_logsumexp_double_backward,
+        vmap=_vmap_second,
+        setup=_setup_values,
+        backward=_backward_second,
     )
 )
 segment_logsumexp_backward = define_op(
@@ -215,7 +246,7 @@ def _backward_scan_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     def first(grad: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         return reference.log_scan_backward(grad, t, states, ctx.maximum)
 
-    return *_through(first)(ctx, *grads), None
+    return *through(first, ctx.saved_tensors, grads), None
 
 
 def _fake_path(

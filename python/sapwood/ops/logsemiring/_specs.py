@@ -3,7 +3,7 @@ a (B, M, K), b (B, K, N)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,20 +98,22 @@ def _setup_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _through(function: Callable[..., Any]) -> Callable[..., Any]:
+def through(
+    function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
     """A backward pass by the derivative of the reference: where a kernel would hardly be used."""
+    pair: Any = torch.func.vjp(function, *inputs)
+    outputs, vjp = pair
+    given = tuple(
+        torch.zeros_like(o) if g is None else g.to(o.dtype)
+        for o, g in zip(outputs, grads, strict=True)
+    )
+    result: tuple[Tensor, ...] = vjp(given)
+    return result
 
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, ...]:
-        pair: Any = torch.func.vjp(function, *ctx.saved_tensors)
-        outputs, vjp = pair
-        given = tuple(
-            torch.zeros_like(o) if g is None else g.to(o.dtype)
-            for o, g in zip(outputs, grads, strict=True)
-        )
-        result: tuple[Tensor, ...] = vjp(given)
-        return result
 
-    return backward
+def _backward_second(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, ...]:
+    return through(reference.log_matmul_double_backward, ctx.saved_tensors, grads)
 
 
 log_matmul_double_backward = define_op(
@@ -122,7 +124,7 @@ log_matmul_double_backward = define_op(
         reference=reference.log_matmul_double_backward,
         vmap=_vmap_batched,
         setup=_setup_inputs,
-        backward=_through(reference.log_matmul_double_backward),
+        backward=_backward_second,
     )
 )
 log_matmul_backward = define_op(

@@ -100,7 +100,6 @@ _backward_of: dict[str, Callable[..., Any]] = {
     kernel.__name__: _define(kernel)
     for kernel in (log_matmul_backward, segment_logsumexp_backward, log_scan_backward)
 }
-_define(segment_softmax)
 
 
 def _by(backward: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -129,6 +128,7 @@ _BACKENDS = {
         why_not,
         backward=_by(_sequence_specs.backward_values, "segment_logsumexp_backward"),
     ),
+    "segment_softmax": _backend_of(segment_softmax, why_not),
     "log_scan": _backend_of(
         log_scan,
         why_not_chain,
