@@ -20,6 +20,7 @@
 
 #define SAPWOOD_HD __host__ __device__
 #define SAPWOOD_UNROLL _Pragma("unroll")
+#define SAPWOOD_NO_UNROLL _Pragma("unroll 1")
 #define SAPWOOD_SHARED(T, name, count) __shared__ T name[count]
 #define SAPWOOD_DYN_SHARED(T, name)                                 \
   extern __shared__ __align__(16) unsigned char sapwood_dynamic_[]; \
@@ -33,6 +34,7 @@
 
 #define SAPWOOD_HD
 #define SAPWOOD_UNROLL
+#define SAPWOOD_NO_UNROLL
 #define SAPWOOD_SHARED(T, name, count) T* name = sapwood::emulation::shared<T>(count)
 #define SAPWOOD_DYN_SHARED(T, name) T* name = sapwood::emulation::dynamic_shared<T>()
 #define SAPWOOD_LAUNCH(kernel, grid, block, bytes, stream, ...) \

@@ -11,7 +11,7 @@ namespace {
 // Pairs worth a thread; a pair takes about half a nanosecond.
 constexpr double kGrain = 32768;
 
-// A gradient up to this size is in cache whatever the order of the Gaussians.
+// Gradients up to this size stay in the cache of a core.
 constexpr int64_t kCacheBytes = int64_t{1} << 20;
 
 template <class T>
@@ -65,25 +65,33 @@ Tensor splat2d(const Tensor& mu_in, const Tensor& chol_in, const Tensor& feat_in
   return in_type(image, mu_in.scalar_type());
 }
 
-// Copies an image (C, H, W) of any strides into padded rows with the channels one after another.
+// Items [begin, end) of a batch.
+struct Items {
+  int64_t begin, end;
+};
+
+// Copies the images (C, H, W) of some items, of any strides, into padded rows with the channels one
+// after another; returns whether every value is finite.
 template <class T>
-void copy_in(const Tensor& grad, T* rows, int64_t pitch, std::atomic<bool>& finite) {
+bool copy_in(const Tensor& grad, Items items, T* rows, int64_t pitch) {
   const int64_t channels = grad.size(1), height = grad.size(2), width = grad.size(3);
-  const T* from = data<T>(grad);
   const int64_t strides[] = {grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3)};
-  parallel_range(
-      grad.size(0) * height, 1 + 16384 / (channels * pitch), [&](int64_t begin, int64_t end) {
-        bool all = true;
-        for (int64_t row = begin; row < end; ++row) {
-          const int64_t b = row / height, y = row % height;
-          for (int64_t c = 0; c < channels; ++c) {
-            T* to = rows + (row * channels + c) * pitch;
-            SAPWOOD_ISA_CALL(copy_row(from + b * strides[0] + c * strides[1] + y * strides[2],
-                                      strides[3], width, to, all));
-          }
-        }
-        if (!all) finite.store(false, std::memory_order_relaxed);
-      });
+  const T* from = data<T>(grad) + items.begin * strides[0];
+  const int64_t total = (items.end - items.begin) * height, grain = 1 + 16384 / (channels * pitch);
+  std::atomic<bool> finite{true};
+  parallel_range(total, grain, [&](int64_t begin, int64_t end) {
+    bool all = true;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / height, y = row % height;
+      for (int64_t c = 0; c < channels; ++c) {
+        T* to = rows + (row * channels + c) * pitch;
+        SAPWOOD_ISA_CALL(copy_row(from + b * strides[0] + c * strides[1] + y * strides[2],
+                                  strides[3], width, to, all));
+      }
+    }
+    if (!all) finite.store(false, std::memory_order_relaxed);
+  });
+  return finite.load();
 }
 
 template <class T>
@@ -91,28 +99,46 @@ struct Outputs {
   T *mu, *chol, *feat, *abs_mu;
 };
 
-// One task per chunk of Gaussians: each is written once, and no sum is shared.
+// One task per chunk of Gaussians: each is written once, and no sum is shared. `order` may be empty.
 template <class T>
-void differentiate_all(Scene<T>& scene, const T* feat, int64_t channels, const T* rows, bool finite,
-                       const Outputs<T>& to) {
-  const int64_t pitch = padded(scene.width), item = scene.height * channels * pitch;
-  const int64_t total = scene.batch * scene.n, tasks = (total + kChunk - 1) / kChunk;
+void differentiate_items(Scene<T>& scene, Items items, const std::vector<int64_t>& order,
+                         const T* feat, const Gradient<T>& first, const Outputs<T>& to) {
+  const int64_t begin = items.begin * scene.n, end = items.end * scene.n;
+  const int64_t tasks = (end - begin + kChunk - 1) / kChunk, channels = first.channels;
   const Gaussian<T>* gaussians = scene.item(0);
-  const double pairs = 200.0 * static_cast<double>(total);
-  const bool small = item * static_cast<int64_t>(sizeof(T)) <= kCacheBytes;
-  const std::vector<int64_t> order = small ? std::vector<int64_t>{} : by_first_band(scene);
-  parallel_dynamic(tasks, useful_workers(tasks, 50 * pairs), [&](int64_t, int64_t task) {
+  const double operations = 10000.0 * static_cast<double>(end - begin);  // of some hundred pairs
+  parallel_dynamic(tasks, useful_workers(tasks, operations), [&](int64_t, int64_t task) {
     Scratch<T> scratch(channels * kPad);
-    for (int64_t at = task * kChunk; at < std::min(total, (task + 1) * kChunk); ++at) {
-      const int64_t i = small ? at : order[static_cast<size_t>(at)];
-      const Gradient<T> image{
-          rows + i / scene.n * item, scene.height, scene.width, pitch, channels, finite};
+    const int64_t from = begin + task * kChunk;
+    for (int64_t at = from; at < std::min(end, from + kChunk); ++at) {
+      const int64_t i = order.empty() ? at : order[static_cast<size_t>(at)];
+      Gradient<T> image = first;
+      image.pixels += (i / scene.n - items.begin) * scene.height * channels * first.pitch;
       const Slopes<T> slopes{to.mu + 2 * i, to.chol + 3 * i, to.feat + channels * i,
                              to.abs_mu == nullptr ? nullptr : to.abs_mu + 2 * i};
       SAPWOOD_ISA_CALL(
           differentiate(gaussians[i], feat + channels * i, image, scratch.get(), slopes));
     }
   });
+}
+
+// Some items at a time, so that the copy of their gradients is still in cache when it is read.
+template <class T>
+void differentiate_all(Scene<T>& scene, const Tensor& grad, const T* feat, const Outputs<T>& to) {
+  const int64_t channels = grad.size(1), pitch = padded(scene.width);
+  const int64_t item = scene.height * channels * pitch;
+  const int64_t bytes = item * static_cast<int64_t>(sizeof(T));
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t step = std::clamp<int64_t>(threads * kCacheBytes / bytes, 1, scene.batch);
+  std::vector<int64_t> order;
+  if (bytes > kCacheBytes) order = by_first_band(scene);
+  Scratch<T> rows(step * item);
+  for (int64_t b = 0; b < scene.batch; b += step) {
+    const Items items{b, std::min(scene.batch, b + step)};
+    const bool finite = copy_in(grad, items, rows.get(), pitch);
+    const Gradient<T> first{rows.get(), scene.height, scene.width, pitch, channels, finite};
+    differentiate_items(scene, items, order, feat, first, to);
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> splat2d_backward(
@@ -133,14 +159,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat2d_backward(
   const Tensor abs_mu = torch::stable::new_empty(mu, {batch, with_stats ? n : 0, 2}, type);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t height = grad.size(2), width = grad.size(3), pitch = padded(width);
-    Scene<T> scene(mu, chol, counts, height, width, Cut::of<T>(cutoff));
-    Scratch<T> rows(batch * height * channels * pitch);
-    std::atomic<bool> finite{true};
-    copy_in(grad, rows.get(), pitch, finite);
+    Scene<T> scene(mu, chol, counts, grad.size(2), grad.size(3), Cut::of<T>(cutoff));
     const Outputs<T> to{mutable_data<T>(d_mu), mutable_data<T>(d_chol), mutable_data<T>(d_feat),
                         with_stats ? mutable_data<T>(abs_mu) : nullptr};
-    differentiate_all(scene, data<T>(feat), channels, rows.get(), finite.load(), to);
+    if (batch * n > 0) differentiate_all(scene, grad, data<T>(feat), to);
   });
   return {in_type(d_mu, out), in_type(d_chol, out), in_type(d_feat, out), in_type(abs_mu, out)};
 }

@@ -24,17 +24,18 @@ struct Outputs {
 };
 
 // Moments of s = w <feat, grad>, and the sums of w grad of C channels.
-template <class T, int C>
+template <class T, int C, bool moments>
 struct Sums {
-  static constexpr int count = 7 + C;
-  T values[count];  // u, v, uu, uv, vv, |d mx|, |d my|, channels
+  static constexpr int first = moments ? 7 : 0;  // of the channels
+  static constexpr int count = first + C;
+  T values[count];  // u, v, uu, uv, vv, |d mx|, |d my|; channels
 };
 
 // Adds rows top + row, top + row + row_step, ... of Gaussian i. With `moments` the product with all
 // channels is taken; `channel` is the first whose sum of w grad is wanted.
 template <class T, int C, bool moments>
 __device__ void walk(const Inputs<T>& in, int64_t i, int64_t channel, int row, int row_step,
-                     Sums<T, C>& sums) {
+                     Sums<T, C, moments>& sums) {
   const Gaussian<T> g = in.gaussians[i];
   const Shape& s = in.s;
   const T* feat = in.feat + i * s.channels;
@@ -45,14 +46,17 @@ __device__ void walk(const Inputs<T>& in, int64_t i, int64_t channel, int row, i
     int64_t first, last;
     columns_of_row(g, y, s.width, first, last);
     const T e = (static_cast<T>(y) - g.my) * g.per_y;
-    for (int64_t x = first + column; x <= last; x += kColumns) {
+    SAPWOOD_NO_UNROLL  // four pixels at a time spill registers
+        for (int64_t x = first + column; x <= last; x += kColumns) {
       const T u = (static_cast<T>(x) - g.mx) * g.per_x, v = e - g.skew * u;
       const T q = u * u + v * v;
       if (!(q <= g.limit)) continue;
       const T w = power_of_two(-q);
       const T* at = item + y * s.width + x;
       SAPWOOD_UNROLL
-      for (int c = 0; c < C; ++c) sums.values[7 + c] += w * at[(channel + c) * plane];
+      for (int c = 0; c < C; ++c) {
+        sums.values[sums.first + c] += w * at[(channel + c) * plane];
+      }
       if constexpr (moments) {
         T dot = 0;
         for (int64_t c = 0; c < s.channels; ++c) dot += feat[c] * at[c * plane];
@@ -69,25 +73,23 @@ __device__ void walk(const Inputs<T>& in, int64_t i, int64_t channel, int row, i
   }
 }
 
-template <class T, int C>
-__device__ void sum_over_warp(Sums<T, C>& sums) {
+template <class T, int C, bool moments>
+__device__ void sum_over_warp(Sums<T, C, moments>& sums) {
   SAPWOOD_UNROLL
-  for (int i = 0; i < Sums<T, C>::count; ++i) {
+  for (int i = 0; i < sums.count; ++i) {
     for (int distance = kWarp / 2; distance > 0; distance /= 2) {
       sums.values[i] += __shfl_xor_sync(kFullMask, sums.values[i], distance);
     }
   }
 }
 
-template <class T, int C, bool moments>
-__device__ void write(const Inputs<T>& in, int64_t i, int64_t channel, const Sums<T, C>& sums,
-                      const Outputs<T>& to) {
-  const Gaussian<T> g = in.gaussians[i];
-  for (int c = 0; c < C; ++c) to.feat[i * in.s.channels + channel + c] = sums.values[7 + c];
-  if constexpr (!moments) return;
-  constexpr T back = static_cast<T>(1 / kScale);  // moments of the scaled u and v
-  const T u = sums.values[0] * back, v = sums.values[1] * back, uu = sums.values[2] * back;
-  const T uv = sums.values[3] * back, vv = sums.values[4] * back;
+// Derivatives in position and shape from the moments of the scaled u and v.
+template <class T>
+__device__ void write_moments(const Gaussian<T>& g, int64_t i, const T* moments,
+                              const Outputs<T>& to) {
+  constexpr T back = static_cast<T>(1 / kScale);
+  const T u = moments[0] * back, v = moments[1] * back, uu = moments[2] * back;
+  const T uv = moments[3] * back, vv = moments[4] * back;
   const T per_x = g.per_x * back, per_y = g.per_y * back;  // 1 / l1 and 1 / l3
   to.mu[2 * i] = (u - g.skew * v) * per_x;
   to.mu[2 * i + 1] = v * per_y;
@@ -95,15 +97,23 @@ __device__ void write(const Inputs<T>& in, int64_t i, int64_t channel, const Sum
   to.chol[3 * i + 1] = uv * back * per_y;
   to.chol[3 * i + 2] = vv * back * per_y;
   if (to.abs_mu != nullptr) {
-    to.abs_mu[2 * i] = sums.values[5] * back * per_x;
-    to.abs_mu[2 * i + 1] = sums.values[6] * back * per_y;
+    to.abs_mu[2 * i] = moments[5] * back * per_x;
+    to.abs_mu[2 * i + 1] = moments[6] * back * per_y;
   }
+}
+
+template <class T, int C, bool moments>
+__device__ void write(const Inputs<T>& in, int64_t i, int64_t channel,
+                      const Sums<T, C, moments>& sums, const Outputs<T>& to) {
+  T* feat = to.feat + i * in.s.channels + channel;
+  for (int c = 0; c < C; ++c) feat[c] = sums.values[sums.first + c];
+  if constexpr (moments) write_moments(in.gaussians[i], i, sums.values, to);
 }
 
 template <class T, int C, bool moments>
 __global__ void __launch_bounds__(kThreads)
     differentiate_kernel(Inputs<T> in, int64_t channel, Outputs<T> to) {
-  using Totals = Sums<T, C>;
+  using Totals = Sums<T, C, moments>;
   SAPWOOD_SHARED(Totals, partial, kWarps);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -115,7 +125,7 @@ __global__ void __launch_bounds__(kThreads)
     if (exists && in.gaussians[own].bottom - in.gaussians[own].top < kLargeRows) {
       Totals sums{};
       walk<T, C, moments>(in, own, channel, lane / kColumns, kWarp / kColumns, sums);
-      sum_over_warp<T, C>(sums);
+      sum_over_warp(sums);
       if (lane == 0) write<T, C, moments>(in, own, channel, sums, to);
     }
     for (int64_t i = first; i < first + kWarps && i < total; ++i) {
@@ -123,7 +133,7 @@ __global__ void __launch_bounds__(kThreads)
       Totals sums{};
       walk<T, C, moments>(in, i, channel, static_cast<int>(threadIdx.x) / kColumns,
                           kThreads / kColumns, sums);
-      sum_over_warp<T, C>(sums);
+      sum_over_warp(sums);
       if (lane == 0) partial[warp] = sums;
       __syncthreads();
       if (threadIdx.x == 0) {

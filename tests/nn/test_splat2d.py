@@ -57,7 +57,7 @@ def test_clamping_keeps_shapes_valid() -> None:
         module.chol.copy_(100 * torch.randn(20, 3))
     module.clamp_()
     l1, l2, l3 = module.chol.detach().unbind(-1)
-    assert float(module.mu.min()) == -0.5
+    assert module.mu.min().item() == -0.5
     assert module.mu.detach().amax(0).tolist() == [15.5, 11.5]
     assert float(torch.minimum(l1, l3).min()) == pytest.approx(0.3)
     assert float(torch.maximum(l1, l3).max()) == 16
