@@ -104,32 +104,32 @@ def copruned_conv_kernel(
     else:
         k = n
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r in tl.static_range(ROWS):
-        for s in tl.static_range(COLS):
-            row = i * step_row - pad_row + r * dilation_row
-            col = j * step_col - pad_col + s * dilation_col
-            inside = wanted & (row >= 0) & (row < rows) & (col >= 0) & (col < cols)
-            pixel = x + ((b * rows + row) * cols + col) * channels
-            taps = weight + k * weight_filter + r * weight_row + s * weight_col
-            for start in range(0, kept_channels, BLOCK_K):
-                at = start + tl.arange(0, BLOCK_K).to(tl.int64)
-                c_on = at < kept_channels
-                c = at
-                if HAS_INPUTS:
-                    of_inputs = input_groups + b * (channels // GROUP)
-                    c = tl.load(of_inputs + at // GROUP, mask=c_on, other=0) * GROUP + at % GROUP
-                left = tl.load(
-                    pixel[:, None] + c[None, :], mask=inside[:, None] & c_on[None, :], other=0.0
-                )
-                right = tl.load(
-                    taps[None, :] + c[:, None] * weight_channel,
-                    mask=c_on[:, None] & k_on[None, :],
-                    other=0.0,
-                )
-                if UPCAST:
-                    left = left.to(tl.float32)  # exact
-                    right = right.to(tl.float32)
-                acc = tl.dot(left, right, acc, input_precision="ieee")
+    for tap in range(ROWS * COLS):
+        r, s = tap // COLS, tap % COLS
+        row = i * step_row - pad_row + r * dilation_row
+        col = j * step_col - pad_col + s * dilation_col
+        inside = wanted & (row >= 0) & (row < rows) & (col >= 0) & (col < cols)
+        pixel = x + ((b * rows + row) * cols + col) * channels
+        taps = weight + k * weight_filter + r * weight_row + s * weight_col
+        for start in range(0, kept_channels, BLOCK_K):
+            at = start + tl.arange(0, BLOCK_K).to(tl.int64)
+            c_on = at < kept_channels
+            c = at
+            if HAS_INPUTS:
+                of_inputs = input_groups + b * (channels // GROUP)
+                c = tl.load(of_inputs + at // GROUP, mask=c_on, other=0) * GROUP + at % GROUP
+            left = tl.load(
+                pixel[:, None] + c[None, :], mask=inside[:, None] & c_on[None, :], other=0.0
+            )
+            right = tl.load(
+                taps[None, :] + c[:, None] * weight_channel,
+                mask=c_on[:, None] & k_on[None, :],
+                other=0.0,
+            )
+            if UPCAST:
+                left = left.to(tl.float32)  # exact
+                right = right.to(tl.float32)
+            acc = tl.dot(left, right, acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias + k, mask=k_on, other=0.0).to(tl.float32)[None, :]
     acc = activated(acc, ACTIVATION)

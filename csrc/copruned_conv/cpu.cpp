@@ -104,7 +104,15 @@ Tensor dense_convolution(const Tensor& x, const Tensor& weight, const MaybeTenso
       torch::stable::detail::from(o.groups)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::conv2d", "", stack.data(), TORCH_ABI_VERSION));
-  return channels_last(torch::stable::detail::to<Tensor>(stack[0]));
+  const Tensor y = channels_last(torch::stable::detail::to<Tensor>(stack[0]));
+  // Dimensions of size 1 may have any stride; ours shall not depend on which way ran.
+  const int64_t filters = y.size(1), row = filters * y.size(3);
+  if (y.stride(1) == 1 && y.stride(3) == filters && y.stride(2) == row &&
+      y.stride(0) == row * y.size(2)) {
+    return y;
+  }
+  Tensor own = empty_channels_last(y, {y.size(0), filters, y.size(2), y.size(3)});
+  return torch::stable::copy_(own, y);
 }
 
 // Activation and residual over a dense result, in place.

@@ -165,7 +165,7 @@ void check_multiply(const Problem<T>& p, const bool* on, const Block& outputs) {
     K::multiply(width, windows.data(), p.offsets.data() + first, count,
                 static_cast<const Segment*>(segments.data()), static_cast<int64_t>(segments.size()),
                 static_cast<const T*>(weights.data()), static_cast<const T*>(bias.data()),
-                sums.data() + first * width);
+                sums.data() + first * width, ahead);
   };
   std::thread other([&] { run(0, half); });
   run(half, p.padded() - half);

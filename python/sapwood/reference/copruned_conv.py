@@ -65,6 +65,11 @@ def over_pixels(region: Tensor | None, tile: int, rows: int, cols: int) -> Tenso
     return wide[:, None]
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """A copy in channels-last memory; in a form that vmap can take."""
+    return x.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+
+
 def copruned_conv2d(
     x: Tensor,  # (B, C, H, W)
     weight: Tensor,  # (K, C / groups, kh, kw)
@@ -92,7 +97,7 @@ def copruned_conv2d(
     y = apply_mask(y, over_pixels(region, tile, rows, cols))
     y = apply_mask(y, over_channels(filters, filter_group))
     y = y if residual is None else y + residual
-    return y.clone(memory_format=torch.channels_last)
+    return channels_last(y)
 
 
 def copruned_conv2d_backward(
@@ -127,7 +132,7 @@ def copruned_conv2d_backward(
         gx = x.new_zeros(x.shape) if need_x else gx
         gw = weight.new_zeros(weight.shape) if need_weight else gw
     if need_x:
-        gx = apply_mask(gx, inputs).clone(memory_format=torch.channels_last)
+        gx = channels_last(apply_mask(gx, inputs))
     gw = gw.contiguous()
     return gx, gw, slope.sum((0, 2, 3)) if need_bias else x.new_empty(0)
 

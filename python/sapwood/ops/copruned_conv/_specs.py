@@ -35,7 +35,8 @@ def _fold(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 
 def _unfold(t: Tensor, size: int) -> Tensor:
-    return t.unflatten(0, (size, t.shape[0] // size))
+    unfolded: Tensor = t.unflatten(0, (size, t.shape[0] // size))
+    return unfolded
 
 
 # copruned_conv2d ----------------------------------------------------------------------------------
