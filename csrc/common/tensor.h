@@ -29,8 +29,16 @@ inline ScalarType compute_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline ScalarType compute_type(const Tensor& t) {
+  return compute_type(t.scalar_type());
+}
+
+inline Tensor in_type(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
 inline Tensor contiguous_as(const Tensor& t, ScalarType type) {
-  const Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
+  const Tensor converted = in_type(t, type);
   return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "common/registry.h"
+#include "common/tensor.h"
 #include "copruned_conv/cpu_convolve.h"
 #include "copruned_conv/cpu_weight_grad.h"
 #include "copruned_conv/cpu_weights.h"
@@ -16,17 +17,11 @@ namespace {
 // Above this share of the dense work the platform's convolution runs, and the masks follow.
 constexpr double kDenseShare = 0.85;
 
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
+using sapwood::data;
+
 template <class T>
 const T* data(const MaybeTensor& t) {
-  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
+  return t ? data<T>(*t) : nullptr;
 }
 
 // f(stored, summed): half precision is summed in float.

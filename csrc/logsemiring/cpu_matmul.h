@@ -80,7 +80,7 @@ inline Tensor log_matmul(const Tensor& a, const Tensor& b, bool exact) {
   const Sizes s = product_sizes("log_matmul", a, b);
   const Tensor left = as_compute(a), right = as_compute(b);
   const Tensor c = torch::stable::new_empty(left, {s.batch, s.m, s.n});
-  if (s.m == 0 || s.n == 0) return back_to(c, a.scalar_type());
+  if (s.m == 0 || s.n == 0) return in_type(c, a.scalar_type());
   with_type(left, [&](auto zero) {
     using T = decltype(zero);
     T* out = mutable_data<T>(c);
@@ -89,7 +89,7 @@ inline Tensor log_matmul(const Tensor& a, const Tensor& b, bool exact) {
                             out + i * s.m * s.n);
     });
   });
-  return back_to(c, a.scalar_type());
+  return in_type(c, a.scalar_type());
 }
 
 }  // namespace sapwood::logsemiring

@@ -306,7 +306,7 @@ inline std::tuple<Tensor, Tensor> log_matmul_backward(const Tensor& grad, const 
                                      exact, out);
     });
   });
-  return {back_to(da, a.scalar_type()), back_to(db, a.scalar_type())};
+  return {in_type(da, a.scalar_type()), in_type(db, a.scalar_type())};
 }
 
 // The derivative of <tangent_a, da> + <tangent_b, db> in grad, a and b.
@@ -342,7 +342,7 @@ inline std::tuple<Tensor, Tensor, Tensor> log_matmul_double_backward(const Tenso
     });
   });
   const ScalarType type = a.scalar_type();
-  return {back_to(mean, type), back_to(da, type), back_to(db, type)};
+  return {in_type(mean, type), in_type(da, type), in_type(db, type)};
 }
 
 }  // namespace sapwood::logsemiring

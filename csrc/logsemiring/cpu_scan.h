@@ -15,7 +15,7 @@ struct Chains {
   int64_t batch, step, row, col;
 
   explicit Chains(const Tensor& t)
-      : data(logsemiring::data<T>(t)),
+      : data(sapwood::data<T>(t)),
         batch(t.stride(0)),
         step(t.stride(1)),
         row(t.stride(2)),
@@ -322,7 +322,7 @@ inline std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const
       }
     });
   });
-  return {back_to(dt, t_in.scalar_type()), back_to(dinit, t_in.scalar_type())};
+  return {in_type(dt, t_in.scalar_type()), in_type(dinit, t_in.scalar_type())};
 }
 
 }  // namespace sapwood::logsemiring

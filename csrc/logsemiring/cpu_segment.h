@@ -179,7 +179,7 @@ inline Tensor segment_logsumexp(const Tensor& x, const Tensor& ptr_in,
       segment_values<T>(row, inner, g, s, width, value);
     });
   });
-  return back_to(out, x.scalar_type());
+  return in_type(out, x.scalar_type());
 }
 
 // The weights of all entries, times the number of their segment in `scale` (O, S, I) if there is one.
@@ -209,7 +209,7 @@ inline Tensor weights_of(const char* op, const std::optional<Tensor>& scale_in, 
       segment_weights<T>(source + at, inner, g, s, width, factor, to + at);
     });
   });
-  return back_to(out, x.scalar_type());
+  return in_type(out, x.scalar_type());
 }
 
 // With p the probabilities: the mean of the tangent over the segment, and grad p (tangent - mean).
@@ -270,7 +270,7 @@ inline std::tuple<Tensor, Tensor> segment_logsumexp_double_backward(
       *middle = total;
     });
   });
-  return {back_to(mean, x.scalar_type()), back_to(out, x.scalar_type())};
+  return {in_type(mean, x.scalar_type()), in_type(out, x.scalar_type())};
 }
 
 // The largest entry of a segment for `width` columns, and which entry it is: NaN wins, then the first.
@@ -309,7 +309,7 @@ inline std::tuple<Tensor, Tensor> segment_max(const Tensor& x, const Tensor& ptr
                         mutable_data<T>(values) + to, mutable_data<int64_t>(indices) + to);
     });
   });
-  return {back_to(values, x.scalar_type()), indices};
+  return {in_type(values, x.scalar_type()), indices};
 }
 
 inline Tensor segment_softmax(const Tensor& x, const Tensor& ptr,

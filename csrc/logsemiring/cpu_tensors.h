@@ -1,42 +1,16 @@
 // What the CPU ops of this family share: types to kernels, scratch, batches.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include "common/checks.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/tensor.h"
 #include "logsemiring/kernel.h"
 
 namespace sapwood::logsemiring {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// Half precision is computed in float32.
-inline ScalarType compute_type(ScalarType type) {
-  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 inline Tensor as_compute(const Tensor& t) {
-  const ScalarType type = compute_type(t.scalar_type());
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
-}
-
-inline Tensor back_to(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+  return in_type(t, compute_type(t));
 }
 
 inline void check_floating(const char* op, const char* argument, const Tensor& t) {

@@ -111,7 +111,7 @@ inline std::tuple<Tensor, Tensor> max_matmul(const Tensor& a, const Tensor& b) {
                             mutable_data<T>(values) + at, mutable_data<int64_t>(indices) + at);
     });
   });
-  return {back_to(values, a.scalar_type()), indices};
+  return {in_type(values, a.scalar_type()), indices};
 }
 
 inline Tensor sample_matmul(const Tensor& a, const Tensor& b, int64_t num_samples, int64_t seed) {

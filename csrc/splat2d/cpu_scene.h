@@ -1,43 +1,16 @@
 // Checked tensors as the kernels read them, and the lists of Gaussians per band of rows.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <optional>
 #include <vector>
 
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/tensor.h"
 #include "splat2d/cpu_arguments.h"
 #include "splat2d/kernel.h"
 
 namespace sapwood::splat2d {
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// Half precision is computed in float32.
-inline ScalarType compute_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-inline Tensor in_type(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
-}
-
-inline Tensor contiguous_as(const Tensor& t, ScalarType type) {
-  const Tensor converted = in_type(t, type);
-  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
-}
 
 // f(T{}) for float32 or float64.
 template <class F>

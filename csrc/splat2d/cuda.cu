@@ -7,24 +7,13 @@
 #include "common/cuda.h"
 #include "common/cuda_tensor.h"
 #include "common/registry.h"
+#include "common/tensor.h"
 #include "splat2d/cpu_arguments.h"
 #include "splat2d/cuda_backward.cuh"
 #include "splat2d/cuda_forward.cuh"
 
 namespace sapwood::splat2d::device {
 namespace {
-
-ScalarType compute_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor in_type(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
-}
-
-Tensor contiguous_as(const Tensor& t, ScalarType type) {
-  return torch::stable::contiguous(in_type(t, type));
-}
 
 // Float for float32 and half precision, double for float64.
 template <class F>
