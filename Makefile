@@ -38,7 +38,8 @@ tour: $(STAMPS)/package $(STAMPS)/tour  ## prune, pack and run a real network; w
 
 test: build emulation  ## all tests that need no GPU, C++ tests included
 	ctest --test-dir build/emu --output-on-failure --timeout 300
-	$(BIN)/python -m pytest -m "not gpu and not experiment" --emulation-library=$(EMULATION) $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not experiment" \
+	  --emulation-library=$(EMULATION) $(PYTEST_FLAGS)
 
 experiment: build  ## trains for minutes on the real data sets in DATA, and judges what is claimed
 	$(BIN)/python -m pytest -m experiment "--data=$(DATA)"

@@ -1,7 +1,9 @@
 """Sparse, pruned and structured computation as drop-in torch ops, fast on CPU and GPU.
 
 Submodules are imported on first use: ``sapwood.ops`` (the kernels), ``sapwood.nn`` (modules),
-``sapwood.pruning`` (masks, schedules, pruners). ``python -m sapwood`` reports on the installation.
+``sapwood.pruning`` (masks, schedules, pruners), ``sapwood.minimize`` (masked networks made small),
+``sapwood.nesy`` (sentences as losses).
+``python -m sapwood`` reports on the installation.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sapwood import _load
 
 if TYPE_CHECKING:
-    from sapwood import data, nn, ops, pruning, reference, report
+    from sapwood import data, minimize, nesy, nn, ops, pruning, reference, report
     from sapwood._backend import backend
     from sapwood._check import check_values
     from sapwood.ops._explain import explain
@@ -25,6 +27,8 @@ __all__ = [
     "check_values",
     "data",
     "explain",
+    "minimize",
+    "nesy",
     "nn",
     "ops",
     "pruning",
@@ -32,7 +36,7 @@ __all__ = [
     "report",
 ]
 
-_SUBMODULES = ("data", "nn", "ops", "pruning", "reference", "report")
+_SUBMODULES = ("data", "minimize", "nesy", "nn", "ops", "pruning", "reference", "report")
 _FUNCTIONS = {
     "backend": "sapwood._backend",
     "explain": "sapwood.ops._explain",

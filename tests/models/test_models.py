@@ -13,11 +13,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sapwood.data import Dataset, load_digits
-from sapwood.models import NAMES, ResNet, build, mlp, resnet18, resnet20, small_cnn, vgg19, vgg_like
+from sapwood.models import (
+    NAMES,
+    ConvNeXt,
+    ResNet,
+    ViT,
+    build,
+    mlp,
+    resnet18,
+    resnet20,
+    small_cnn,
+    vgg19,
+    vgg_like,
+)
 from sapwood.models.resnet import PaddedIdentity
 from sapwood.pruning import MaskSet
 
 CIFAR = (3, 32, 32)
+#: These cut images into patches, which must fit.
+PATCHED = ("convnext_micro", "vit_micro")
 VGG16 = [64, 64, 128, 128, *[256] * 3, *[512] * 6]
 VGG19 = [64, 64, 128, 128, *[256] * 4, *[512] * 8]
 
@@ -169,7 +183,7 @@ def test_padded_identity() -> None:
 
 
 @pytest.mark.parametrize("shape", [CIFAR, (1, 28, 28), (1, 8, 8), (3, 1, 1), (2, 5, 9)], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in PATCHED])
 def test_any_image_shape_flat_or_not(name: str, shape: tuple[int, int, int]) -> None:
     network = build(name, shape, 7).eval()
     x = torch.randn(3, *shape)
@@ -180,6 +194,71 @@ def test_any_image_shape_flat_or_not(name: str, shape: tuple[int, int, int]) -> 
         assert network(x[:0]).shape == (0, 7)
         expanded = x[:1].expand(4, *shape)
         torch.testing.assert_close(network(expanded), y[:1].expand(4, 7), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [CIFAR, (1, 28, 28), (2, 16, 20), (1, 8, 8)], ids=str)
+@pytest.mark.parametrize("name", PATCHED)
+def test_patches_flat_or_not(name: str, shape: tuple[int, int, int]) -> None:
+    network = build(name, shape, 7).eval()
+    x = torch.randn(3, *shape)
+    with torch.no_grad():
+        y = network(x)
+        assert y.shape == (3, 7)
+        assert torch.equal(network(x.flatten(1)), y)
+        assert network(x[:0]).shape == (0, 7)
+
+
+def test_convnext_micro_has_the_size_of_its_layers() -> None:
+    blocks = sum((49 + 8 * c + 4 + 1 + 1 + 2 + 1) * c for c in (32, 64, 128, 128, 256))
+    between = sum(2 * k + 4 * k * n + n for k, n in pairwise([32, 64, 128, 256]))
+    stem, head = 3 * 16 * 32 + 32 + 64, 512 + 2570
+    assert parameters(build("convnext_micro", CIFAR, 10)) == stem + blocks + between + head
+
+
+def test_vit_micro_has_the_size_of_its_layers() -> None:
+    block = (3 * 64 + 64 + 2 * 256) * 64 + 3 * 64 + 64 + 256 + 64 + 4 * 64
+    tokens = 48 * 64 + 64 + 64 + 65 * 64
+    assert parameters(build("vit_micro", CIFAR, 10)) == tokens + 4 * block + 128 + 650
+
+
+def test_vit_attends_as_the_attention_of_torch() -> None:
+    network = ViT((3, 8, 8), 10, width=16, depth=1, heads=4, patch=4)
+    attention = network.blocks[0].get_submodule("attention")
+    theirs = nn.MultiheadAttention(16, 4, batch_first=True)
+    packed = {"in_proj_weight": "qkv.weight", "in_proj_bias": "qkv.bias"}
+    packed |= {"out_proj.weight": "out.weight", "out_proj.bias": "out.bias"}
+    theirs.load_state_dict({n: attention.get_parameter(m) for n, m in packed.items()})
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(attention(x), theirs(x, x, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"widths": (8, 8, 8)}, "widths and depths must have one entry per stage, got 3 and 2"),
+        ({"widths": (8, 0)}, "every entry of widths and depths must be a positive integer, got 0"),
+        ({"patch": 0}, "patch must be a positive integer, got 0"),
+    ],
+)
+def test_convnext_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"sapwood.models.ConvNeXt: {message}"):
+        ConvNeXt((3, 8, 8), 10, **({"widths": (8, 12), "depths": (1, 1)} | change))
+    with pytest.raises(ValueError, match="convnext_micro: image_shape must be at least 8 x 8"):
+        build("convnext_micro", (1, 8, 7), 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 3}, "width must be a multiple of heads 3, got 16"),
+        ({"patch": 3}, r"patch must divide height and width, got 3 of \(3, 8, 8\)"),
+        ({"depth": 0}, "depth must be a positive integer, got 0"),
+    ],
+)
+def test_vit_refuses(change: dict[str, Any], message: str) -> None:
+    sizes = {"width": 16, "depth": 1, "heads": 4, "patch": 4}
+    with pytest.raises(ValueError, match=f"sapwood.models.ViT: {message}"):
+        ViT((3, 8, 8), 10, **(sizes | change))
 
 
 @pytest.mark.parametrize("name", NAMES)

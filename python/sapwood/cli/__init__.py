@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-COMMANDS = ("tour", "prune", "compare", "mask", "bench", "info")
+COMMANDS = ("tour", "prune", "minimize", "compare", "mask", "mnist-add", "bench", "info")
 
 
 def build_app() -> typer.Typer:
@@ -25,12 +25,13 @@ def build_app() -> typer.Typer:
         pretty_exceptions_show_locals=False,
     )
     for name in COMMANDS:
-        module = importlib.import_module(f"sapwood.cli.{name}")
+        python_name = name.replace("-", "_")
+        module = importlib.import_module(f"sapwood.cli.{python_name}")
         group = getattr(module, "app", None)
         if isinstance(group, typer.Typer):
             app.add_typer(group, name=name)
         else:
-            app.command(name, epilog=getattr(module, "EPILOG", None))(getattr(module, name))
+            app.command(name, epilog=getattr(module, "EPILOG", None))(getattr(module, python_name))
     return app
 
 

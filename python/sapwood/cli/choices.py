@@ -23,6 +23,25 @@ class Arch(str, Enum):
     resnet20 = "resnet20"
 
 
+class Shrinkable(str, Enum):
+    """The networks of ``sapwood minimize``."""
+
+    mlp = "mlp"
+    lenet300 = "lenet300"
+    smallcnn = "smallcnn"
+    resnet20 = "resnet20"
+    convnext_micro = "convnext_micro"
+    vit_micro = "vit_micro"
+
+
+class Score(str, Enum):
+    """What ``sapwood minimize`` ranks weights by."""
+
+    group = "group"
+    activation = "activation"
+    magnitude = "magnitude"
+
+
 class Method(str, Enum):
     """How weights are switched off."""
 

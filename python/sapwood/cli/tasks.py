@@ -35,6 +35,8 @@ PLANS = {
 }
 WIDTHS = {"mlp": (1024, 1024), "lenet300": (300, 100)}
 CONVOLUTIONAL = {"smallcnn": "small_cnn", "resnet20": "resnet20"}
+#: Networks that cut images into patches; they train with AdamW.
+PATCHED = ("convnext_micro", "vit_micro")
 
 
 def read(task: str, folder: Path | None, limit: int | None = None) -> data.Dataset:
@@ -91,7 +93,8 @@ def network(arch: str, dataset: data.Dataset, seed: int) -> nn.Module:
     if arch in WIDTHS:
         return perceptron(WIDTHS[arch], dataset, seed)
     assert dataset.image_shape is not None
-    return models.build(CONVOLUTIONAL[arch], dataset.image_shape, dataset.classes, seed)
+    name = CONVOLUTIONAL.get(arch, arch)
+    return models.build(name, dataset.image_shape, dataset.classes, seed)
 
 
 def perceptron(widths: tuple[int, ...], dataset: data.Dataset, seed: int) -> nn.Module:

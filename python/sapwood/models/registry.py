@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from sapwood.models._layers import ImageShape, require_image_shape
+from sapwood.models.convnext import convnext_micro
 from sapwood.models.perceptron import mlp
 from sapwood.models.resnet import resnet18, resnet20
 from sapwood.models.small import small_cnn
 from sapwood.models.vgg import vgg19, vgg_like
+from sapwood.models.vit import vit_micro
 
 
 def _lenet300(image_shape: ImageShape, classes: int) -> nn.Module:
@@ -26,6 +28,8 @@ _BUILDERS: dict[str, Callable[[ImageShape, int], nn.Module]] = {
     "resnet18": resnet18,
     "vgg_like": vgg_like,
     "vgg19": vgg19,
+    "convnext_micro": convnext_micro,
+    "vit_micro": vit_micro,
 }
 
 #: What ``build`` knows.
@@ -46,8 +50,8 @@ def build(name: str, image_shape: ImageShape, classes: int, seed: int = 0) -> nn
         torch.Size([2, 10])
 
     Args:
-        name: ``"lenet300"``, ``"small_cnn"``, ``"resnet20"``, ``"resnet18"``, ``"vgg_like"`` or
-            ``"vgg19"``.
+        name: ``"lenet300"``, ``"small_cnn"``, ``"resnet20"``, ``"resnet18"``, ``"vgg_like"``,
+            ``"vgg19"``, ``"convnext_micro"`` or ``"vit_micro"``.
         image_shape: (channels, height, width) of the inputs.
         classes: outputs.
         seed: of the weights.

@@ -7,8 +7,9 @@ The pieces, from the outside in:
   other ways, under the same training loop.
 - ``Pruner`` follows an optimizer of your own training loop; ``RigL`` is one whose masks move.
 - ``Linear``, ``Cubic``, ``OneShot``, ``Constant``, ``Iterative`` say how much is off when.
-- ``Magnitude``, ``Random`` say what matters, and with data ``SNIP``, ``GraSP``, ``Taylor`` and
-  ``GradientMagnitude``; ``register_criterion`` adds others, ``class_balanced_batch`` draws data.
+- ``Magnitude``, ``Random`` say what matters, and with data ``SNIP``, ``GraSP``, ``Taylor``,
+  ``GradientMagnitude``, ``ActivationMagnitude`` and ``GroupScore``, which empties whole units;
+  ``register_criterion`` adds others, ``class_balanced_batch`` draws data.
 - ``select`` decides, exactly; ``LayerPlan`` and ``erk_densities`` divide the budget.
 - ``MaskSet`` holds the result and its file; ``SparsityReport`` counts it twice.
 - ``from_torch_prune``, ``to_torch_prune``, ``from_torchao`` exchange masks with other tools.
@@ -39,17 +40,20 @@ from sapwood.pruning.report import SparsityReport, TensorReport
 from sapwood.pruning.rigl import RigL
 from sapwood.pruning.schedules import Constant, Cubic, Iterative, Linear, OneShot, Schedule
 from sapwood.pruning.select import select
+from sapwood.pruning.structure_criteria import ActivationMagnitude, GroupScore
 from sapwood.pruning.train_config import TrainConfig
 from sapwood.pruning.training import Progress, PruningResult, accuracy
 
 __all__ = [
     "SNIP",
+    "ActivationMagnitude",
     "Constant",
     "Criterion",
     "Cubic",
     "DynamicSparseTraining",
     "GraSP",
     "GradientMagnitude",
+    "GroupScore",
     "Iterative",
     "LayerPlan",
     "Linear",

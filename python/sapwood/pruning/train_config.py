@@ -37,6 +37,8 @@ class TrainConfig:
         ema: decay of an exponential moving average of the weights, which is then what ``val``
             evaluates; None for none.
         grad_clip: largest gradient norm, measured after masking; None for none.
+        warmup: share of the steps, in [0, 1), in which the learning rate rises from 0 to what the
+            scheduler says.
         seed: of data order and dropout.
         device: ``"auto"`` takes CUDA when there is one.
 
@@ -54,6 +56,7 @@ class TrainConfig:
     amp: Literal["off", "bf16", "fp16"] = "off"
     ema: float | None = None
     grad_clip: float | None = None
+    warmup: float = 0.0
     seed: int = 0
     device: str = "auto"
 
@@ -76,6 +79,9 @@ class TrainConfig:
                 )
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise ValueError(f"{_WHERE}: ema must be in (0, 1) or None, got {self.ema}")
+
+        if not 0.0 <= self.warmup < 1.0:
+            raise ValueError(f"{_WHERE}: warmup must be in [0, 1), got {self.warmup}")
 
     def resolve_device(self) -> torch.device:
         """The device to train on."""
@@ -104,5 +110,8 @@ def set_lr(optimizer: Optimizer, config: TrainConfig, step: int, total: int) -> 
         factor = 0.5 * (1.0 + math.cos(math.pi * step / total))
     elif config.scheduler == "multistep":
         factor = 0.1 ** ((step >= 0.5 * total) + (step >= 0.75 * total))
+    rising = config.warmup * total
+    if step < rising:
+        factor *= (step + 1) / (math.floor(rising) + 1)
     for group in optimizer.param_groups:
         group["lr"] = config.lr * factor

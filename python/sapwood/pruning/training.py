@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
@@ -114,6 +115,7 @@ class Trainer:
         stage: str = "train",
         keeper: Keeper | None = None,
         after_step: Callable[[Session], None] | None = None,
+        optimizer_fn: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     ) -> None:
         self.config = config
         self.loss_fn = loss_fn or F.cross_entropy
@@ -122,6 +124,7 @@ class Trainer:
         self.stage = stage
         self.keeper = keeper
         self.after_step = after_step
+        self.optimizer_fn = optimizer_fn  # instead of the optimizer that ``config`` describes
         self.device = config.resolve_device()
         self._counted: tuple[MaskSet, float] | None = None
 
@@ -164,7 +167,7 @@ class Trainer:
         """A session at ``start``, or at the keeper's checkpoint when there is one."""
         session = Session(
             model=model,
-            optimizer=make_optimizer(model, self.config),
+            optimizer=self._optimizer(model),
             scaler=torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16"),
             pruner=pruner,
             averaged=make_average(model, self.config),
@@ -184,6 +187,11 @@ class Trainer:
         if start.random is not None:
             set_random_state(start.random, self.device)
         return session
+
+    def _optimizer(self, model: nn.Module) -> Optimizer:
+        if self.optimizer_fn is not None:
+            return self.optimizer_fn(model.parameters())
+        return make_optimizer(model, self.config)
 
     def _close(self, session: Session, start: Start) -> PruningResult:
         pruner = session.pruner

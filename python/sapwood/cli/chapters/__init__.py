@@ -15,7 +15,14 @@ from sapwood.cli.console import Bars
 from sapwood.report.page import Chapter as PageChapter
 from sapwood.report.page import Stat, Table
 
-CHAPTERS = ("prune_pack_run", "compare_ways", "nearest_rows", "hidden_states")
+CHAPTERS = (
+    "prune_pack_run",
+    "compare_ways",
+    "nearest_rows",
+    "hidden_states",
+    "shrink_and_run",
+    "learn_from_sums",
+)
 
 
 @dataclass(frozen=True)

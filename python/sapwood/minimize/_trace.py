@@ -1,0 +1,134 @@
+"""Tracing through torch.export: the operations of a model, with its parameters by name."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree
+
+from sapwood.minimize._leaves import LEAF_OPERATION, leaf_sites, site_of
+from sapwood.minimize.errors import MinimizeError
+
+__all__ = ["Inputs", "Traced", "owner", "owners", "traced"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Positional and keyword arguments of a model's call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, example: Any) -> Inputs:
+        """A tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
+        if isinstance(example, Mapping):
+            return cls((), dict(example))
+        if isinstance(example, (tuple, list)):
+            return cls(tuple(example), {})
+        return cls((example,), {})
+
+    def map(self, function: Any) -> Inputs:
+        """The same arguments with every tensor replaced."""
+        args, kwargs = _pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))
+        return Inputs(args, kwargs)
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in _pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A functional graph of ATen operations.
+
+    ``sources`` names the parameter or buffer behind a placeholder, under its first name if it is
+    tied; ``values`` holds what every placeholder stands for; ``uses`` counts who reads a parameter;
+    ``inputs`` are the placeholders of the call's arguments, in order.
+    """
+
+    graph: fx.Graph
+    sources: dict[str, str]
+    values: dict[str, Any]
+    uses: Counter[str]
+    inputs: tuple[str, ...]
+
+
+@contextmanager
+def traced(model: nn.Module, inputs: Inputs) -> Iterator[Traced]:
+    """Traces a float64 copy of a model; the leaves of the graph live in the block.
+
+    Raises:
+        MinimizeError: if torch.export cannot follow the model; the text names the operation.
+    """
+    canonical: dict[int, str] = {}
+    for name, tensor in _named_tensors(model):
+        canonical.setdefault(id(tensor), name)
+    first = {name: canonical[id(tensor)] for name, tensor in _named_tensors(model)}
+    with leaf_sites(model) as surface, torch.enable_grad():
+        program = _export(surface, inputs)
+        for node in program.graph.nodes:
+            if str(node.target) == LEAF_OPERATION:
+                site_of(node.args[1]).uses += 1
+        yield _read(program, first, inputs)
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    return parameters + list(model.named_buffers(remove_duplicate=False))
+
+
+def _export(model: nn.Module, inputs: Inputs) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own notes on its internals
+            program = torch.export.export(model, inputs.args, inputs.kwargs or None, strict=False)
+            return program.run_decompositions({})
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise MinimizeError(
+            "sapwood.minimize: model must be traceable by torch.export, "
+            f"got {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _read(program: Any, first: Mapping[str, str], inputs: Inputs) -> Traced:
+    signature, graph = program.graph_signature, program.graph
+    sources: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    state = {**program.state_dict, **program.constants}
+    for table in (signature.inputs_to_parameters, signature.inputs_to_buffers):
+        for placeholder, name in table.items():
+            sources[placeholder] = first.get(name, name)
+            values[placeholder] = state[name]
+    for placeholder, name in signature.inputs_to_lifted_tensor_constants.items():
+        values[placeholder] = state[name]
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    user = [node.name for node in placeholders if node.name not in values]
+    given = _pytree.tree_leaves((inputs.args, inputs.kwargs))
+    values.update(zip(user, given, strict=True))
+    uses: Counter[str] = Counter()
+    for node in placeholders:
+        if node.name in sources:
+            uses[sources[node.name]] += len(node.users)
+    return Traced(graph, sources, values, uses, tuple(user))
+
+
+def owner(node: fx.Node) -> str:
+    """The path of the innermost module that a node was traced in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return paths[-1].split("@")[0] if paths else ""
+
+
+def owners(node: fx.Node) -> set[str]:
+    """The paths of all modules around a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return {path.split("@")[0] for path, _ in stack.values()}

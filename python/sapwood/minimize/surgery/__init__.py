@@ -1,0 +1,7 @@
+"""Cutting tensors and replacing modules, step by step as a plan says."""
+
+from sapwood.minimize.surgery._attention import guard_fast_paths
+from sapwood.minimize.surgery._operate import operate
+from sapwood.minimize.surgery._tensors import refresh
+
+__all__ = ["guard_fast_paths", "operate", "refresh"]

@@ -1,0 +1,172 @@
+"""Programs that promise to do the same on every call: their structure without running them.
+
+The inputs of draws and the data are remembered as slices of the arguments, and read again from the
+arguments of later calls.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sapwood.nesy.draws import Leaf, Source
+from sapwood.nesy.execute import Execution
+from sapwood.nesy.expressions import Observed
+from sapwood.nesy.plan import PLANS, Plan, Query
+from sapwood.nesy.trace import Keys, trace
+
+if TYPE_CHECKING:
+    from sapwood.nesy.program import Program
+
+_logger = logging.getLogger("sapwood.nesy")
+_MOST = 256
+
+
+@dataclass(frozen=True)
+class _View:
+    """A slice of an argument."""
+
+    argument: int
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    whole: bool
+
+    def read(self, tensors: list[Tensor]) -> Tensor:
+        tensor = tensors[self.argument]
+        if self.whole:
+            return tensor
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True)
+class _Static:
+    plan: Plan
+    sources: list[tuple[Source, tuple[_View, ...]]]
+    columns: list[_View]
+    batch: int | None
+
+
+_known: OrderedDict[Hashable, _Static | None] = OrderedDict()
+_told: set[Hashable] = set()
+
+
+def log_truth(program: Program) -> Tensor | None:
+    """The log truth by a remembered structure; None where the program has to be traced."""
+    key = _key(program)
+    if key is None:
+        _tell(program, "an argument or a closure has no hash")
+        return None
+    if key not in _known:
+        _known[key] = _learn(program)
+        if len(_known) > _MOST:
+            _known.popitem(last=False)
+    found = _known[key]
+    if found is None:
+        _tell(program, "it reads something else than slices of its arguments")
+        return None
+    tensors = _tensors(program)
+    leaves = [
+        Leaf(source, tuple(v.read(tensors) for v in views)) for source, views in found.sources
+    ]
+    columns = [Observed(view.read(tensors), None) for view in found.columns]
+    return Execution(found.plan, leaves, columns, found.batch, program.dtype).run()
+
+
+def _tell(program: Program, reason: str) -> None:
+    code = getattr(program.function, "__code__", None)
+    if code not in _told:
+        _told.add(code)
+        name = getattr(program.function, "__qualname__", "a program")
+        _logger.warning("sapwood.nesy: %s is traced on every call: %s", name, reason)
+
+
+def _key(program: Program) -> Hashable | None:
+    function = program.function
+    cells = getattr(function, "__closure__", None) or ()
+    given = (*program.arguments, *program.options.values())
+    try:
+        closure = tuple((type(c.cell_contents), c.cell_contents) for c in cells)
+        key = (
+            getattr(function, "__code__", function), closure,
+            getattr(function, "__defaults__", None), tuple(program.options),
+            tuple(map(_described, given)), program.dtype, program.max_paths,
+        )  # fmt: skip
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _described(value: Any) -> Hashable:
+    if isinstance(value, Observed):
+        return ("observed", value.given, _described(value.values))
+    if isinstance(value, Tensor):
+        return (value.shape, value.stride(), value.dtype, value.device)
+    return (type(value), value)
+
+
+def _tensors(program: Program) -> list[Tensor]:
+    given = (*program.arguments, *program.options.values())
+    return [
+        v.values if isinstance(v, Observed) else v
+        for v in given
+        if isinstance(v, Observed | Tensor)
+    ]
+
+
+def _alone(value: Any) -> Any:
+    """An argument of the same shape and strides in memory of its own, so that slices show whose."""
+    if isinstance(value, Observed):
+        return Observed(_alone(value.values), value.given)
+    if not isinstance(value, Tensor):
+        return value
+    steps = zip(value.shape, value.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps) if value.numel() else 0
+    memory = torch.zeros(last + 1, dtype=value.dtype, device=value.device)
+    return memory.as_strided(value.shape, value.stride())
+
+
+def _learn(program: Program) -> _Static | None:
+    program = replace(
+        program,
+        arguments=tuple(map(_alone, program.arguments)),
+        options={name: _alone(v) for name, v in program.options.items()},
+    )
+    traced = trace(program, program.max_paths)
+    program._check_sentence(traced)
+    if traced.weighted:
+        return None
+    keys = Keys()
+    plan = PLANS.get(traced, keys, Query.TRUTH)
+    if any(name.startswith("data[") for path in plan.paths for name in path.graph.names):
+        return None
+    tensors = _tensors(program)
+    views = [[_view(x, tensors) for x in leaf.inputs] for leaf in keys.leaves]
+    columns = [_view(column.values, tensors) for column in keys.columns]
+    complete = [[v for v in own if v is not None] for own in views]
+    if complete != views or None in columns:
+        return None
+    sources = [(leaf.source, tuple(own)) for leaf, own in zip(keys.leaves, complete, strict=True)]
+    return _Static(plan, sources, [c for c in columns if c is not None], traced.batch)
+
+
+def _view(tensor: Tensor, arguments: list[Tensor]) -> _View | None:
+    """How a tensor is a slice of an argument, if it is one."""
+    for number, argument in enumerate(arguments):
+        same = tensor.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
+        if same and tensor.dtype == argument.dtype and tensor.device == argument.device:
+            offset = tensor.storage_offset() - argument.storage_offset()
+            whole = (
+                offset == 0
+                and tensor.shape == argument.shape
+                and tensor.stride() == argument.stride()
+            )
+            return _View(number, int(offset), tuple(tensor.shape), tensor.stride(), whole)
+    return None

@@ -1,0 +1,131 @@
+"""Supports, the values that expressions can take, and functions as tables over them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sapwood import _check
+from sapwood.nesy.errors import TraceError
+
+Indices = NDArray[np.int64]
+
+
+class Support:
+    """Distinct values in a fixed order; equal supports are the same object."""
+
+    _known: ClassVar[WeakValueDictionary[tuple[Hashable, ...], Support]] = WeakValueDictionary()
+
+    values: tuple[Any, ...]
+    index: dict[Any, int]
+
+    def __new__(cls, values: Iterable[Any]) -> Support:
+        fixed = tuple(values)
+        key = (tuple(map(type, fixed)), fixed)
+        found = cls._known.get(key)
+        if found is None:
+            found = super().__new__(cls)
+            found.values = fixed
+            found.index = {value: i for i, value in enumerate(fixed)}
+            if len(found.index) != len(fixed):
+                raise ValueError(f"sapwood.nesy: support must have distinct values, got {fixed}")
+            cls._known[key] = found
+        return found
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __repr__(self) -> str:
+        if len(self) > 6 and self.first_integer is not None:
+            return f"{{{self.values[0]}..{self.values[-1]}}}"
+        return "{" + ", ".join(map(str, self.values)) + "}"
+
+    @property
+    def first_integer(self) -> int | None:
+        """The first value when the values are consecutive integers, else None."""
+        first = self.values[0]
+        if not all(type(v) is int for v in self.values):
+            return None
+        consecutive = all(v == first + i for i, v in enumerate(self.values))
+        return int(first) if consecutive else None
+
+    @property
+    def boolean(self) -> bool:
+        """Whether all values are truth values."""
+        return all(isinstance(v, bool | np.bool_) for v in self.values)
+
+
+def checked_support(values: Iterable[Any]) -> Support:
+    """A support from a user's values.
+
+    Raises:
+        ValueError: when it is empty, or has a value twice.
+        TypeError: for a value that has no hash.
+    """
+    support = Support(values)
+    if len(support) == 0:
+        _check.fail(ValueError, "nesy", "support", "have at least one value", "none")
+    return support
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of expressions; equal keys mean equal functions.
+
+    The key of a function with fixed arguments is that of the whole function, its number of
+    arguments, and the place, type and value of each constant.
+    """
+
+    name: str
+    call: Callable[..., Any] = field(compare=False)
+    key: Hashable = None
+
+    def fixed(self, constants: dict[int, Any], count: int) -> Function:
+        """The function of the remaining arguments, with constants at the given places."""
+        free = [i for i in range(count) if i not in constants]
+
+        def call(*arguments: Any) -> Any:
+            places: list[Any] = [constants.get(i) for i in range(count)]
+            for i, argument in zip(free, arguments, strict=True):
+                places[i] = argument
+            return self.call(*places)
+
+        typed = tuple((i, type(v), v) for i, v in constants.items())
+        return Function(self.name, call, (self.key, count, typed))
+
+
+@lru_cache(maxsize=4096)
+def tabulate(function: Function, supports: tuple[Support, ...]) -> tuple[Support, Indices]:
+    """The values of a function over all combinations, and which of them each one gives."""
+    numbers: dict[Any, int] = {}
+    table = np.empty([len(s) for s in supports], dtype=np.int64)
+    for place, arguments in enumerate(itertools.product(*(s.values for s in supports))):
+        try:
+            value = function.call(*arguments)
+        except Exception as error:
+            shown = ", ".join(map(repr, arguments))
+            raise TraceError(
+                f"sapwood.nesy: {function.name} must be defined on all values of its arguments, "
+                f"got {error!r} for ({shown})"
+            ) from error
+        table.flat[place] = numbers.setdefault(value, len(numbers))
+    order, values = _sorted(list(numbers))
+    return Support(values), order[table]
+
+
+def _sorted(values: list[Any]) -> tuple[Indices, list[Any]]:
+    """Values in ascending order where they have one, and the new place of each."""
+    try:
+        ranks = sorted(range(len(values)), key=values.__getitem__)
+    except TypeError:
+        ranks = list(range(len(values)))
+    places = np.empty(len(values), dtype=np.int64)
+    places[ranks] = np.arange(len(values))
+    return places, [values[r] for r in ranks]
