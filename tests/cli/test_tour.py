@@ -202,7 +202,7 @@ def test_quick_tour_measures_what_it_shows(
     assert narrow(result.stdout.rpartition("wrote ")[0])
     page = (tmp_path / "index.html").read_text()
     assert "://" not in page
-    assert page.count("<svg role=") == 7
+    assert page.count("<svg role=") == 8
     chapters = json.loads((tmp_path / "results.json").read_text())["chapters"]
     dense, *pruned = chapters["prune_pack_run"]["networks"].values()
     assert dense["accuracy"] > 0.94

@@ -161,3 +161,32 @@ def test_second_derivatives() -> None:
     logits = torch.randn(2, 2, 2, 10, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(call, (logits,))
     assert torch.autograd.gradgradcheck(call, (logits,))
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 6])
+def test_batches_of_any_size(n: int) -> None:
+    """No rows, one row, expanded and strided rows."""
+    logits = torch.randn(5, 2, n, 10)
+    sums = mnist_add.sum_digits(torch.randint(10, (5, 2, n)))
+    sums = sums[:, 0] + 10 * sums[:, 1] if n == 1 else sums
+    whole = log_truth(logits, sums)
+    assert log_truth(logits[:0], sums[:0]).shape == (0,)
+    torch.testing.assert_close(log_truth(logits[3:4], sums[3:4]), whole[3:4])
+    torch.testing.assert_close(log_truth(logits[::2], sums[::2]), whole[::2])
+    same = log_truth(logits[:1].expand(4, -1, -1, -1), sums[:1].expand(4, *sums.shape[1:]))
+    torch.testing.assert_close(same, whole[:1].expand(4))
+    empty = logits[:0].clone().requires_grad_()
+    log_truth(empty, sums[:0]).sum().backward()
+    assert empty.grad is not None
+
+
+def test_bfloat16_networks() -> None:
+    """The log probabilities have the network's type; float64 is a program's own choice."""
+    logits = torch.randn(4, 2, 2, 10).bfloat16()
+    sums = mnist_add.sum_digits(torch.randint(10, (4, 2, 2)))
+    narrow = log_truth(logits, sums)
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), log_truth(logits.float(), sums), rtol=0.05, atol=0.1)
+    formula = mnist_add.sentence(READER, 2)
+    wide = formula(*logits.unbind(1), nesy.observed(sums)).double().log_truth()
+    torch.testing.assert_close(wide, log_truth(logits.double(), sums))

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.utils import _pytree
 
 from sapwood.minimize.modules import (
+    AppendOnes,
     BorderBias2d,
     CompensatedGroupNorm,
     CompensatedLayerNorm,
@@ -25,6 +26,7 @@ __all__ = ["LEAF_OPERATION", "LEAVES", "Call", "Site", "behind", "leaf_sites", "
 
 #: The modules with rules of their own.
 LEAVES: tuple[type[nn.Module], ...] = (
+    AppendOnes,
     BorderBias2d,
     CompensatedGroupNorm,
     CompensatedLayerNorm,

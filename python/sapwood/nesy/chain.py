@@ -59,14 +59,14 @@ def operand(access: Access, slots: Sequence[Tensor]) -> Tensor:
         whole = slots[access.slot]
         return whole if access.places is None else whole[:, access.places]
     parts = [slots[r.slot][:, r.position] for r in access.references]
-    rows = max(len(p) for p in parts)
+    rows = listed.common_rows(parts)
     return torch.stack([p.expand(rows, -1) for p in parts], 1)
 
 
 def _other(group: Group, operands: list[Tensor], steps: Steps) -> Tensor:
     """A chain of matrices, or a step with an op of its own."""
     if group.kernel is None:
-        rows = max(map(len, operands))
+        rows = listed.common_rows(operands)
         vector, matrices = (x.expand(rows, -1, -1) for x in operands)
         return kernels.scan(vector, matrices, steps.reduce, fast=steps.fast)
     return kernels.run(group.kernel, operands)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sapwood import _check
-from sapwood.nesy import chain
+from sapwood.nesy import chain, listed
 from sapwood.nesy.draws import Leaf, Listed
 from sapwood.nesy.expressions import Observed
 from sapwood.nesy.kernels import Reduce
@@ -91,7 +91,7 @@ class Execution:
     ) -> None:
         self.plan = plan
         self.batch = batch
-        self._rows = (batch or 1) * copies
+        self._rows = (1 if batch is None else batch) * copies
         self._copies = copies
         self._columns = columns
         self._reduce = reduce
@@ -99,8 +99,10 @@ class Execution:
         self._device = self.slots[0].device if self.slots else torch.device("cpu")
         self._dtype = self.slots[0].dtype if self.slots else dtype or torch.get_default_dtype()
         if copies > 1:
-            rows = batch or 1
-            self.slots = [s.expand(rows, -1, -1).repeat_interleave(copies, 0) for s in self.slots]
+            self.slots = [
+                s.expand(self._rows // copies, -1, -1).repeat_interleave(copies, 0)
+                for s in self.slots
+            ]
         if prepare is not None:
             self.slots = [prepare(s) for s in self.slots]
 
@@ -123,7 +125,7 @@ class Execution:
             parts = [torch.full((1, size), -math.inf, dtype=self._dtype, device=self._device)]
         total = parts[0]
         if len(parts) > 1:
-            rows = max(p.shape[0] for p in parts)
+            rows = listed.common_rows(parts)
             total = self._reduce(torch.stack([p.expand(rows, -1) for p in parts], -1))
         total = total.expand(self._rows, -1)
         result = total if self.plan.support is not None else total.squeeze(-1)
@@ -160,10 +162,10 @@ def _leaf_slots(
 ) -> list[Tensor]:
     """(B or 1, leaves, entries) per slot; one call per source."""
     found: dict[int, Tensor] = {}
-    listed = [
+    constant = [
         not numbers or isinstance(leaves[numbers[0]].source, Listed) for numbers in plan.slots
     ]
-    for slot in sorted(range(len(listed)), key=listed.__getitem__):  # networks decide the type
+    for slot in sorted(range(len(constant)), key=constant.__getitem__):  # networks decide the type
         numbers = plan.slots[slot]
         if not numbers:
             like = next(iter(found.values()), torch.zeros(0, dtype=dtype))
@@ -173,15 +175,16 @@ def _leaf_slots(
         columns = zip(*(leaves[n].inputs for n in numbers), strict=True)
         inputs = [c[0] if len(c) == 1 else torch.cat(c) for c in columns]
         some = next(iter(found.values()), None)
-        kind = some.dtype if listed[slot] and some is not None else dtype
+        kind = some.dtype if constant[slot] and some is not None else dtype
         weights = source.log_weights(*inputs, dtype=kind)
-        if some is not None and listed[slot]:
+        if some is not None and constant[slot]:
             weights = weights.to(some.device)
         depth = 1 + (source.parent_support is not None)
         if weights.dim() == depth:
             weights = weights.unsqueeze(0)
         if inputs:
-            flat = weights.reshape(len(numbers), -1, math.prod(weights.shape[1:]))
+            rows = weights.shape[0] // len(numbers)
+            flat = weights.reshape(len(numbers), rows, math.prod(weights.shape[1:]))
         else:  # the same weights for all
             flat = weights.reshape(1, 1, -1).expand(len(numbers), 1, -1)
         if batch is not None and flat.shape[1] not in (1, batch):

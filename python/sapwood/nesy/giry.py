@@ -244,7 +244,7 @@ def estimate(program: Program, num_samples: int = 100_000, seed: int | None = No
     rng = np.random.default_rng(seed)
     rows = Rows(program.dtype)
     found = [_Sampler(rng, rows, 0).counts(program, num_samples)]
-    for row in range(1, rows.batch or 1):
+    for row in range(1, 1 if rows.batch is None else rows.batch):
         found.append(_Sampler(rng, rows, row).counts(program, num_samples))
     means = [true / alive if alive else math.nan for true, alive in found]
     errors = [

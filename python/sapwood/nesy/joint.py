@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sapwood import _check
+from sapwood.nesy import listed
 from sapwood.nesy.draws import Leaf
 from sapwood.nesy.execute import Places, log_sum
 from sapwood.nesy.factors import Graph
@@ -32,7 +33,7 @@ def log_mass(traced: Trace, query: Query, dtype: torch.dtype | None) -> Tensor:
             parts.append(_path_mass(graph, keys, traced.batch, dtype))
     if not parts:
         parts = [torch.full((1,), -math.inf, dtype=dtype)]
-    rows = max(len(p) for p in parts)
+    rows = listed.common_rows(parts)
     total = log_sum(torch.stack([p.expand(rows) for p in parts], -1))
     return total[0] if traced.batch is None else total.expand(traced.batch)
 
@@ -43,10 +44,10 @@ def _path_mass(graph: Graph, keys: Keys, batch: int | None, dtype: torch.dtype |
     drawn = {weight.scope[-1] for weight in graph.weights}
     base = [v for v in range(len(graph.supports)) if v in drawn]
     sizes = [len(graph.supports[v]) for v in base]
-    if math.prod(sizes) * (batch or 1) > _MOST_ENTRIES:
-        shown = f"{batch or 1} x {math.prod(sizes)}"
+    rows = 1 if batch is None else batch
+    if math.prod(sizes) * rows > _MOST_ENTRIES:
+        shown = f"{rows} x {math.prod(sizes)}"
         _check.fail(ValueError, "nesy.log_truth", "strict joint", "have at most 1e8 entries", shown)
-    rows = batch or 1
     values = {v: _column_places(graph, keys, v, rows, len(base)) for v in data - drawn}
     for v, places in values.items():
         support = graph.supports[v]

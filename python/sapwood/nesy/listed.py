@@ -6,7 +6,7 @@ Rows look up their list of entries, multiply the weights of each entry, and then
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -43,18 +43,25 @@ class Lists:
         if self.instances > 1:
             first = torch.arange(0, len(self.places), self.evidence, device=like.device)
             evidence = evidence + first.unsqueeze(1)
-        return self.places.index_select(0, evidence.T.reshape(-1)).view(rows, -1)
+        return self.places.index_select(0, evidence.T.flatten()).view(
+            rows, self.instances * self.places.shape[1]
+        )
 
 
 def rows(evidence: Tensor | None, slots: Sequence[Tensor]) -> int:
     """B of a step."""
-    return max(map(len, slots)) if evidence is None else evidence.shape[1]
+    return common_rows(slots) if evidence is None else evidence.shape[1]
+
+
+def common_rows(tensors: Iterable[Tensor]) -> int:
+    """The length that all tensors have, but those of length 1."""
+    return next((len(t) for t in tensors if len(t) != 1), 1)
 
 
 def picked(lists: Lists, index: Tensor, slots: Sequence[Tensor]) -> Tensor:
     """(B, G, kept, width) log weights of the entries at ``index``, -inf in empty places."""
     count, first = len(index), slots[0]
-    flat = [s.expand(count, -1, -1).reshape(count, -1) for s in slots]
+    flat = [s.expand(count, -1, -1).flatten(1) for s in slots]
     flat.append(first.new_full((1, 1), -math.inf).expand(count, 1))
     found = torch.cat(flat, 1).gather(1, index).view(count, *lists.shape)
     return found.squeeze(2) if lists.operands == 1 else found.sum(2)
@@ -86,6 +93,6 @@ def spread(
         share = share.unsqueeze(2).expand(count, *lists.shape)
     sizes = [shape[1] * shape[2] for shape in shapes]
     joined = share.new_zeros(count, sum(sizes) + 1)
-    joined.scatter_add_(1, index, share.reshape(count, -1))
+    joined.scatter_add_(1, index, share.flatten(1))
     parts = joined.split([*sizes, 1], 1)
     return [p.view(count, *s[1:]) for p, s in zip(parts, shapes, strict=False)]

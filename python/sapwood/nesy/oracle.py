@@ -210,10 +210,10 @@ def batched(
     """
     rows = Rows(dtype)
     rows.batch = batch
+    if batch == 0:
+        return [], True
     first = value(program, monad, rows, 0, nodes=nodes)
     count = rows.batch
-    others = range(1, count or 1)
-    return [
-        first,
-        *(value(program, monad, rows, r, nodes=nodes) for r in others),
-    ], count is not None
+    others = range(1, 1 if count is None else count)
+    rest = [value(program, monad, rows, r, nodes=nodes) for r in others]
+    return [first, *rest], count is not None

@@ -149,7 +149,7 @@ def _attribute(
 ) -> _Attribution:
     keys = Keys(shared=False)
     plan = PLANS.get(traced, keys, query, everything=True)
-    rows = (traced.batch or 1) * copies
+    rows = (1 if traced.batch is None else traced.batch) * copies
 
     def separate(weights: Tensor) -> Tensor:
         return weights.detach().expand(rows, -1, -1).clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""Chapter 4: the hidden states of a sequence, by sums over all paths that never underflow."""
+"""Chapter: the hidden states of a sequence, by sums over all paths that never underflow."""
 
 from __future__ import annotations
 

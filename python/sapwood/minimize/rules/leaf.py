@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sapwood.minimize._facts import Facts, compress
+import torch
+
+from sapwood.minimize._facts import LIVE, Facts, compress
 from sapwood.minimize._leaves import LEAF_OPERATION, Site, site_of
+from sapwood.minimize._tails import FEATURE
 from sapwood.minimize.layers import Selection
 from sapwood.minimize.modules import (
+    AppendOnes,
     BorderBias2d,
     CompensatedGroupNorm,
     CompensatedLayerNorm,
@@ -43,7 +47,22 @@ def leaf(step: Step) -> Any:
     if isinstance(module, RaggedAttention):
         args, kwargs = site.calls[call].rebuild(tensors)
         return attention(step, site, module, args, kwargs)
+    if isinstance(module, AppendOnes):
+        return _append(step, tensors[0])
     return opaque(step, f"no rule for {site.path}")
+
+
+def _append(step: Step, x: Facts) -> Any:
+    """The channel of ones stays: it carries what was removed before."""
+    view = channel_view(step, x, 1)
+    kinds = torch.cat((view.kinds, torch.tensor([LIVE], dtype=torch.uint8)))
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    fields = view.rest
+    if view.atoms is not None:
+        ones = step.analysis.atoms.new(1, step.path)
+        step.analysis.atoms.pin(ones, FEATURE)
+        fields = (*fields, torch.cat((view.atoms, ones)).reshape(shape))
+    return Facts(step.value, compress(kinds.reshape(shape)), fields)
 
 
 def _select(step: Step, site: Site, x: Facts) -> Any:
