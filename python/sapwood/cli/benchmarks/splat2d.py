@@ -28,7 +28,7 @@ PROVIDERS = ("dense", "sapwood", "culled")
 OPS = ("splat2d", "splat2d_backward", "splat2d_pairs")
 #: Largest error of a result, relative to the largest value of the one in float64.
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5}
-CHUNK = 1 << 20  # weights that dense torch holds at a time: faster than all at once
+CHUNK = 1 << 18  # weights that dense torch holds at a time: 1 MB, faster than all at once
 TILE = 32
 #: A pair this near to the cut may be drawn by one provider and not by another; it is moved away.
 BORDER = 1e-3
