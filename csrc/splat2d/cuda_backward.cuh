@@ -31,15 +31,15 @@ struct Sums {
   T values[count];  // u, v, uu, uv, vv, |d mx|, |d my|; channels
 };
 
-// Adds rows top + row, top + row + row_step, ... of Gaussian i, which is one of item b. With `moments` the product with all
+// Adds rows top + row, top + row + row_step, ... of Gaussian i. With `moments` the product with all
 // channels is taken; `channel` is the first whose sum of w grad is wanted.
 template <class T, int C, bool moments>
-__device__ void walk(const Inputs<T>& in, int64_t b, int64_t i, int64_t channel, int row,
-                     int row_step, Sums<T, C, moments>& sums) {
+__device__ void walk(const Inputs<T>& in, int64_t i, int64_t channel, int row, int row_step,
+                     Sums<T, C, moments>& sums) {
   const Gaussian<T> g = in.gaussians[i];
   const Shape& s = in.s;
   const T* feat = in.feat + i * s.channels;
-  const T* item = in.grad + b * s.channels * s.height * s.width;
+  const T* item = in.grad + i / s.n * s.channels * s.height * s.width;
   const int64_t plane = s.height * s.width;
   const int column = static_cast<int>(threadIdx.x) % kColumns;
   for (int64_t y = g.top + row; y < g.bottom; y += row_step) {
@@ -110,27 +110,28 @@ __device__ void write(const Inputs<T>& in, int64_t i, int64_t channel,
   if constexpr (moments) write_moments(in.gaussians[i], i, sums.values, to);
 }
 
-// The Gaussians of item b, a group of four after another.
 template <class T, int C, bool moments>
-__device__ void differentiate_item(const Inputs<T>& in, int64_t b, int64_t channel,
-                                   const Outputs<T>& to, Sums<T, C, moments>* partial) {
+__global__ void __launch_bounds__(kThreads)
+    differentiate_kernel(Inputs<T> in, int64_t channel, Outputs<T> to) {
   using Totals = Sums<T, C, moments>;
+  SAPWOOD_SHARED(Totals, partial, kWarps);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t start = b * in.s.n, stop = start + in.s.n;
-  for (int64_t first = start + static_cast<int64_t>(blockIdx.x) * kWarps; first < stop;
+  const int64_t total = in.s.batch * in.s.n;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps; first < total;
        first += static_cast<int64_t>(gridDim.x) * kWarps) {
     const int64_t own = first + warp;
-    if (own < stop && in.gaussians[own].bottom - in.gaussians[own].top < kLargeRows) {
+    const bool exists = own < total;
+    if (exists && in.gaussians[own].bottom - in.gaussians[own].top < kLargeRows) {
       Totals sums{};
-      walk<T, C, moments>(in, b, own, channel, lane / kColumns, kWarp / kColumns, sums);
+      walk<T, C, moments>(in, own, channel, lane / kColumns, kWarp / kColumns, sums);
       sum_over_warp(sums);
       if (lane == 0) write<T, C, moments>(in, own, channel, sums, to);
     }
-    for (int64_t i = first; i < first + kWarps && i < stop; ++i) {
+    for (int64_t i = first; i < first + kWarps && i < total; ++i) {
       if (in.gaussians[i].bottom - in.gaussians[i].top < kLargeRows) continue;
       Totals sums{};
-      walk<T, C, moments>(in, b, i, channel, static_cast<int>(threadIdx.x) / kColumns,
+      walk<T, C, moments>(in, i, channel, static_cast<int>(threadIdx.x) / kColumns,
                           kThreads / kColumns, sums);
       sum_over_warp(sums);
       if (lane == 0) partial[warp] = sums;
@@ -147,22 +148,11 @@ __device__ void differentiate_item(const Inputs<T>& in, int64_t b, int64_t chann
 }
 
 template <class T, int C, bool moments>
-__global__ void __launch_bounds__(kThreads)
-    differentiate_kernel(Inputs<T> in, int64_t channel, Outputs<T> to) {
-  using Totals = Sums<T, C, moments>;
-  SAPWOOD_SHARED(Totals, partial, kWarps);
-  for (int64_t b = blockIdx.y; b < in.s.batch; b += gridDim.y) {
-    differentiate_item<T, C, moments>(in, b, channel, to, partial);
-  }
-}
-
-template <class T, int C, bool moments>
 void launch_differentiate_channels(const Inputs<T>& in, int64_t channel, const Outputs<T>& to,
                                    Stream stream) {
   auto kernel = differentiate_kernel<T, C, moments>;
-  const auto items = static_cast<unsigned>(in.s.batch < 65535 ? in.s.batch : 65535);
-  const dim3 grid(grid_of(in.s.n * kWarp), items);
-  SAPWOOD_LAUNCH(kernel, grid, kThreads, 0, stream, in, channel, to);
+  SAPWOOD_LAUNCH(kernel, grid_of(in.s.batch * in.s.n * kWarp), kThreads, 0, stream, in, channel,
+                 to);
   SAPWOOD_CUDA_CHECK(cudaGetLastError());
 }
 
