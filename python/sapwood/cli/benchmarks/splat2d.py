@@ -150,7 +150,8 @@ def _sum(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _weights(q: Tensor) -> Tensor:
-    return torch.where(q <= DEFAULT_CUTOFF, (-0.5 * q).exp(), 0.0)
+    seen = q.clamp(max=DEFAULT_CUTOFF)  # exp is many times slower where it underflows
+    return torch.where(q <= DEFAULT_CUTOFF, (-0.5 * seen).exp(), 0.0)
 
 
 def _dense(mu: Tensor, chol: Tensor, feat: Tensor, height: int, width: int) -> Tensor:
