@@ -171,7 +171,8 @@ def dense(mu: Tensor, chol: Tensor, feat: Tensor, height: int, width: int) -> Te
         u = x / l1
         v = (y / l3)[:, :, None] - (l2 / l3 * u)[:, None, :]  # (n, H, W)
         q = u.square()[:, None, :] + v.square()
-        w = torch.where(q <= DEFAULT_CUTOFF, (-0.5 * q).exp(), 0.0)
+        seen = q.clamp(max=DEFAULT_CUTOFF)  # exp is many times slower where it underflows
+        w = torch.where(q <= DEFAULT_CUTOFF, (-0.5 * seen).exp(), 0.0)
         image = torch.addmm(image, feat[at].T, w.flatten(1))
     return image.view(-1, height, width)
 
