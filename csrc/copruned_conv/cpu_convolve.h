@@ -149,7 +149,7 @@ class ChunkWork {
     for (int64_t t = 0; t < c_.taps.count; ++t) shifts[t] = pitch.shift(c_.taps, t);
     TapShifts taps{shifts, c_.taps.count, 0, 0, pitch.pixel};
     taps.columns = c_.taps.regular_columns(&taps.spacing);
-    SAPWOOD_ISA_CALL(multiply_depthwise(source, list_.offsets, list_.padded(), taps,
+    SAPWOOD_ISA_CALL(multiply_depthwise(source, list_.offsets, list_.count, taps,
                                         static_cast<const T*>(weights_.get()),
                                         static_cast<const T*>(bias_), sums_.get()));
     store(block, kLine);
@@ -201,7 +201,7 @@ class ChunkWork {
       start = nullptr;
     }
     if (start != nullptr || c_.taps.count == 0) {  // nothing to add to the bias
-      SAPWOOD_ISA_CALL(multiply(width, windows_.get(), list_.offsets, list_.padded(),
+      SAPWOOD_ISA_CALL(multiply(width, windows_.get(), list_.offsets, list_.count,
                                 static_cast<const Segment*>(nullptr), 0, weights_.get(),
                                 static_cast<const T*>(bias), sums_.get(), ahead_));
     }
@@ -216,7 +216,7 @@ class ChunkWork {
     Segment segments[kSegments];
     int64_t count = 0, rows = 0;
     const auto flush = [&] {
-      SAPWOOD_ISA_CALL(multiply(width, windows_.get(), list_.offsets, list_.padded(),
+      SAPWOOD_ISA_CALL(multiply(width, windows_.get(), list_.offsets, list_.count,
                                 static_cast<const Segment*>(segments), count, weights_.get(), start,
                                 sums_.get(), ahead_));
       start = nullptr;

@@ -159,13 +159,12 @@ struct WindowShape {
   Pitch pitch() const { return {cols * kLine, kLine}; }
 };
 
-// The wanted pixels of a chunk: where their windows begin, and their places in the output.
+// The wanted pixels of a chunk: where their windows begin, and their places in the output. Register
+// tiles may read offsets beyond the last pixel: there are some more, which repeat the first.
 struct PixelList {
   int32_t offsets[kChunkPixels + kMaxPixels];
   int32_t places[kChunkPixels];
   int64_t count = 0;
-
-  int64_t padded() const { return (count + kMaxPixels - 1) / kMaxPixels * kMaxPixels; }
 };
 
 // base_of(item, number in the chunk) is where the item's first source pixel lies.
@@ -189,7 +188,7 @@ void list_pixels(const std::vector<Item>& items, const Chunk& chunk, const Wante
       }
     }
   }
-  for (int64_t p = list.count; p < list.padded(); ++p) list.offsets[p] = list.offsets[0];
+  std::fill_n(list.offsets + list.count, kMaxPixels, list.offsets[0]);
 }
 
 }  // namespace sapwood::copruned_conv

@@ -101,7 +101,7 @@ SAPWOOD_TARGET void pack_filters(const T* weights, int64_t channels, const Taps&
   }
 }
 
-// sums (pixels, 16); weights (taps, 16). The list of offsets is padded to whole groups of pixels. The
+// sums (pixels, 16); weights (taps, 16). Offsets and sums have room for a whole group at the end. The
 // order of additions is the same on both ways.
 template <class T>
 SAPWOOD_TARGET void multiply_depthwise(const T* window, const int32_t* offsets, int64_t pixels,

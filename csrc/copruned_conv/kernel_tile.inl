@@ -79,7 +79,8 @@ SAPWOOD_TARGET SAPWOOD_INLINE void fetch_lines(Ahead& ahead) {
 }
 
 // Sums (pixels, V vectors) of all pixels of a chunk. They begin with the bias (start), or go on from
-// what `sums` holds (start null). The list of offsets is padded to whole tiles.
+// what `sums` holds (start null). Offsets and sums have room for a
+// whole tile at the end.
 template <int V, class T>
 SAPWOOD_TARGET void multiply_pixels(const T* windows, const int32_t* offsets, int64_t pixels,
                                     const Segment* segments, int64_t count, const T* weights,

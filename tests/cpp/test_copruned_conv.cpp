@@ -94,7 +94,7 @@ struct Problem {
             static_cast<int32_t>((i * g.stride[0] * window_cols + j * g.stride[1]) * kLine));
       }
     }
-    while (offsets.size() % kMaxPixels != 0) offsets.push_back(offsets[0]);
+    offsets.insert(offsets.end(), kMaxPixels, offsets[0]);  // what a register tile may read
     for (int64_t t = 0; t < taps.count; ++t) {
       shifts.push_back(static_cast<int32_t>(
           ((taps.dy[t] - taps.top) * window_cols + taps.dx[t] - taps.left) * kLine));
@@ -159,7 +159,7 @@ void check_multiply(const Problem<T>& p, const bool* on, const Block& outputs) {
   }
   const std::vector<T> bias(static_cast<size_t>(kMaxFilters), T(0.5));
   std::vector<T> sums(static_cast<size_t>(p.padded() * width));
-  const auto half = p.padded() / 2 / kMaxPixels * kMaxPixels;
+  const int64_t half = p.pixels() / 2 / 24 * 24;  // whole tiles of every instruction set
   const auto run = [&](int64_t first, int64_t count) {
     Ahead ahead{nullptr, nullptr};
     K::multiply(width, windows.data(), p.offsets.data() + first, count,
@@ -168,7 +168,7 @@ void check_multiply(const Problem<T>& p, const bool* on, const Block& outputs) {
                 sums.data() + first * width, ahead);
   };
   std::thread other([&] { run(0, half); });
-  run(half, p.padded() - half);
+  run(half, p.pixels() - half);
   other.join();
   bool good = true;
   for (int64_t i = 0; i < p.pixels(); ++i) {
@@ -229,7 +229,7 @@ void check_depthwise(const Problem<T>& p) {
   for (const bool rows : {false, true}) {
     if (rows) taps.columns = p.taps.regular_columns(&taps.spacing);
     std::vector<T> sums(static_cast<size_t>(p.padded() * kLine));
-    K::depthwise(windows.data(), p.offsets.data(), p.padded(), taps, weights.data(), bias.data(),
+    K::depthwise(windows.data(), p.offsets.data(), p.pixels(), taps, weights.data(), bias.data(),
                  sums.data());
     bool good = true;
     for (int64_t i = 0; i < p.pixels(); ++i) {
