@@ -150,6 +150,11 @@ class TestDenseDispatch(ConvBattery):
             (0, 1, 2),
         ),
         Sample("one-pixel-map", arguments(regions=None, groups_on=None, size=(1, 1)), (0, 1, 2)),
+        Sample(
+            "small",
+            arguments(**{**SMALL, "kernel": (1, 1), "regions": None, "groups_on": None}),
+            (0, 1, 2),
+        ),
     )
 
 

@@ -33,7 +33,7 @@ inline unsigned grid_of(int64_t blocks) {
 
 // Block b lists the entries of mask[b * length, (b + 1) * length) that are on, in order, into
 // items[b * length, ...), padded with -1; counts[b] is their number.
-inline __global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads)
     compact_kernel(const bool* mask, int64_t length, int32_t* items, int32_t* counts) {
   SAPWOOD_SHARED(int, warp_counts, kWarps);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -89,7 +89,7 @@ SAPWOOD_HD inline void readers(const ReadShape& s, int axis, int64_t begin, int6
   *last = to < from ? *first - 1 : to / s.tile;
 }
 
-inline __global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads)
     read_kernel(const bool* region, ReadShape s, bool* read) {
   const int64_t tiles = s.input_tile_rows * s.input_tile_cols;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
