@@ -130,7 +130,7 @@ __device__ inline void list_filters(const Conv<S>& c, int64_t b, int64_t first, 
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) conv_kernel(Conv<S> c) {
+__global__ void __launch_bounds__(kThreads, 1) conv_kernel(Conv<S> c) {
   using T = typename Sum<S>::type;
   SAPWOOD_SHARED(T, a, kSlice * (kPixels + 1));
   SAPWOOD_SHARED(T, w, kSlice * kFilters);
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads) conv_kernel(Conv<S> c) {
 
 // One thread per output; neighbouring threads have neighbouring channels.
 template <class S>
-__global__ void __launch_bounds__(kThreads) depthwise_kernel(Conv<S> c) {
+__global__ void __launch_bounds__(kThreads, 1) depthwise_kernel(Conv<S> c) {
   using T = typename Sum<S>::type;
   const int64_t most = c.capacity * c.edge * c.edge * c.filters;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;

@@ -33,7 +33,7 @@ inline unsigned grid_of(int64_t blocks) {
 
 // Block b lists the entries of mask[b * length, (b + 1) * length) that are on, in order, into
 // items[b * length, ...), padded with -1; counts[b] is their number.
-static __global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads, 1)
     compact_kernel(const bool* mask, int64_t length, int32_t* items, int32_t* counts) {
   SAPWOOD_SHARED(int, warp_counts, kWarps);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -89,7 +89,7 @@ SAPWOOD_HD inline void readers(const ReadShape& s, int axis, int64_t begin, int6
   *last = to < from ? *first - 1 : to / s.tile;
 }
 
-static __global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads, 1)
     read_kernel(const bool* region, ReadShape s, bool* read) {
   const int64_t tiles = s.input_tile_rows * s.input_tile_cols;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -136,7 +136,7 @@ struct Kept {
 
 // Zeros, or the residual bit for bit, wherever nothing is computed.
 template <class S>
-__global__ void __launch_bounds__(kThreads) fill_kernel(Kept kept, const S* residual, S* y) {
+__global__ void __launch_bounds__(kThreads, 1) fill_kernel(Kept kept, const S* residual, S* y) {
   const int64_t pixels = kept.rows * kept.cols, size = kept.batch * pixels * kept.channels;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < size; i += step) {

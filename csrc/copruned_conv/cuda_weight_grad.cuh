@@ -18,7 +18,7 @@ inline constexpr int kDepth = 32;  // pixels in shared memory at a time
 
 // Block (tap, 16 channels, 32 filters); each thread has one channel and four filters.
 template <class S>
-__global__ void __launch_bounds__(kThreads) weight_kernel(WeightGrad<S> g) {
+__global__ void __launch_bounds__(kThreads, 1) weight_kernel(WeightGrad<S> g) {
   using T = typename Sum<S>::type;
   SAPWOOD_SHARED(T, a, kDepth * (kSlice + 1));
   SAPWOOD_SHARED(T, d, kDepth * kFilters);
@@ -104,7 +104,7 @@ __device__ inline typename Sum<S>::type sum_over_pixels(const WeightGrad<S>& g, 
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) depthwise_weight_kernel(WeightGrad<S> g) {
+__global__ void __launch_bounds__(kThreads, 1) depthwise_weight_kernel(WeightGrad<S> g) {
   SAPWOOD_SHARED(typename Sum<S>::type, shared, kThreads);
   const int64_t taps = g.conv.taps.count;
   for (int64_t work = blockIdx.x; work < g.conv.filters * taps; work += gridDim.x) {
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) depthwise_weight_kernel(WeightGrad<S
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) bias_kernel(WeightGrad<S> g) {
+__global__ void __launch_bounds__(kThreads, 1) bias_kernel(WeightGrad<S> g) {
   SAPWOOD_SHARED(typename Sum<S>::type, shared, kThreads);
   for (int64_t k = blockIdx.x; k < g.conv.filters; k += gridDim.x) {
     const auto total = sum_over_pixels(g, k, -1, shared);

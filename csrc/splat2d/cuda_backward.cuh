@@ -111,7 +111,7 @@ __device__ void write(const Inputs<T>& in, int64_t i, int64_t channel,
 }
 
 template <class T, int C, bool moments>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     differentiate_kernel(Inputs<T> in, int64_t channel, Outputs<T> to) {
   using Totals = Sums<T, C, moments>;
   SAPWOOD_SHARED(Totals, partial, kWarps);
