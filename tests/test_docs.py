@@ -145,9 +145,7 @@ def needs_example(value: object) -> bool:
     return not (is_record or inspect.isabstract(value) or issubclass(value, Exception))
 
 
-@pytest.mark.parametrize(
-    "package", ["ops", "nn", "pruning", "gaussian", "nesy", "data", "models"]
-)
+@pytest.mark.parametrize("package", ["ops", "nn", "pruning", "gaussian", "nesy", "data", "models"])
 def test_public_names_are_documented(package: str) -> None:
     """Everything that a package exports has a docstring; what is called has an example in it."""
     module = importlib.import_module(f"sapwood.{package}")
