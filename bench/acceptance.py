@@ -10,53 +10,23 @@ call. The exit status is 1 when a point is missed.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
-import history
 import sweep
 import torch
 import torch.nn.functional as F
+from points import Point, report
 from torch import Tensor
 
 import sapwood
-from sapwood._measure import interleave, machine_name
+from sapwood._measure import interleave
 from sapwood.cli.benchmarks.masked_matmul import MaskedMatmulCase, problem_of
 
 REPEATS = 30
 SIDE = 2048
-
-
-@dataclass(frozen=True)
-class Point:
-    """One promise and what became of it. ``at_least`` False: the figure must not exceed it.
-
-    Where its condition is not met (``applies`` False) the figure is shown and not judged.
-    """
-
-    name: str
-    target: float
-    measured: float
-    at_least: bool = True
-    unit: str = "x"
-    note: str = ""
-    applies: bool = True
-
-    @property
-    def verdict(self) -> str:
-        if not self.applies:
-            return "n/a"
-        return "PASS" if self.passed else "MISS"
-
-    @property
-    def passed(self) -> bool:
-        if self.at_least:
-            return self.measured >= self.target
-        return self.measured <= self.target
 
 
 def fastest(case: MaskedMatmulCase, providers: Sequence[str]) -> dict[str, float]:
@@ -133,15 +103,15 @@ def dispatch(quick: bool = False) -> Iterator[Point]:
             f"10 choices of {label} slower than dense",
             0,
             len(missed),
-            False,
-            "",
-            f"{len(group)} points; dense against itself: {noise} of them",
+            at_least=False,
+            unit="",
+            note=f"{len(group)} points; dense against itself: {noise} of them",
             applies=label == "sparse",  # the other half times one and the same kernel twice
         )
     missed = [r for r in results if not r.passed and r.format != "dense"]
     for r in sorted(missed, key=lambda r: -r.excess)[:10]:
         note = f"{r.sapwood_us:.1f} us, dense {r.dense_us:.1f} us, runs {r.format}"
-        yield Point(f"10   {r.name}", 1.0, r.excess, False, "x", note)
+        yield Point(f"10   {r.name}", 1.0, r.excess, at_least=False, note=note)
 
 
 def backward() -> Iterator[Point]:
@@ -162,7 +132,7 @@ def packing() -> Iterator[Point]:
         calls = {name: case.build(name) for name in ("csr", "bitmap", "sell")}
         for name, samples in interleave(calls, rounds=15, seconds=0.5).items():
             median = sorted(samples)[len(samples) // 2] * 1e3
-            yield Point(f"12 pack {name} s={sparsity:g}", 40.0, median, False, "ms")
+            yield Point(f"12 pack {name} s={sparsity:g}", 40.0, median, at_least=False, unit="ms")
 
 
 def training() -> Iterator[Point]:
@@ -171,7 +141,13 @@ def training() -> Iterator[Point]:
     times = fastest(case, ("masked_dense", "sapwood", "sparse_linear"))
     base = times["masked_dense"]
     note = f"F.linear(x, w * m) {base * 1e3:.1f} ms"
-    yield Point("12 training step, masked_matmul", 1.10, times["sapwood"] / base, False, "x", note)
+    yield Point(
+        "12 training step, masked_matmul",
+        1.10,
+        times["sapwood"] / base,
+        at_least=False,
+        note=note,
+    )
     yield Point("   the same as a speed-up", 1.0, base / times["sapwood"], note="faster than dense")
     yield Point("   training step, SparseLinear", 1.0, base / times["sparse_linear"])
     p = problem_of(case)
@@ -205,7 +181,13 @@ def memory() -> Iterator[Point]:
         packed = sapwood.ops.pack_sparse(p.weight, p.mask, keep="memory")
         share = packed.nbytes() / p.weight.nbytes
         note = f"keeps {', '.join(packed.formats)}"
-        yield Point(f"13 bytes at s={sparsity:g}, keep=memory", target, share, False, "x", note)
+        yield Point(
+            f"13 bytes at s={sparsity:g}, keep=memory",
+            target,
+            share,
+            at_least=False,
+            note=note,
+        )
 
 
 def scaling() -> Iterator[Point]:
@@ -241,25 +223,6 @@ GROUPS: dict[str, Callable[[], Iterator[Point]]] = {
 }
 
 
-def line(point: Point) -> str:
-    sign = ">=" if point.at_least else "<="
-    return (
-        f"{point.name:<48}{sign:>3}{point.target:>6.4g}{point.unit:<2}"
-        f"{point.measured:>8.3g}{point.unit:<3} {point.verdict:<4}  {point.note}"
-    )
-
-
-def as_json(points: Sequence[Point]) -> str:
-    content = {
-        "machine": machine_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": history.commit(),
-        "points": [{**asdict(point), "verdict": point.verdict} for point in points],
-    }
-    return json.dumps(content, indent=2) + "\n"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -268,20 +231,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     table = sapwood.ops.calibrate(seconds=3.0, force=True)
-    print(f"{machine_name()}, torch {torch.__version__}, commit {history.commit()}")
     print(f"dispatch table: {table.source}")
-    print(f"{'point':<48}{'target':>10}{'measured':>11}")
-    points = []
-    for name in options.only:
-        group = partial(dispatch, options.quick) if name == "dispatch" else GROUPS[name]
-        for point in group():
-            points.append(point)
-            print(line(point), flush=True)
-    missed = sum(point.verdict == "MISS" for point in points)
-    print(f"{len(points)} points, {missed} missed")
-    if options.json:
-        options.json.write_text(as_json(points))
-    return 1 if missed else 0
+    groups: dict[str, Callable[[], Iterator[Point]]]
+    groups = {**GROUPS, "dispatch": partial(dispatch, options.quick)}
+    points = chain.from_iterable(groups[name]() for name in options.only)
+    return 1 if report(points, options.json) else 0
 
 
 if __name__ == "__main__":

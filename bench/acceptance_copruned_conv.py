@@ -14,41 +14,23 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
-import history
 import torch
+from points import Point, report
 
 import sapwood
-from sapwood._measure import Call, machine_name
+from sapwood._measure import Call
 from sapwood.cli.benchmarks.copruned_conv import ConvCase, problem_of
 
 MAIN = ConvCase("copruned_conv2d", 8, 64, 64, 56, 3, 0.3)
 LAYOUTS = ("channels_last", "contiguous")
-
-
-@dataclass(frozen=True)
-class Point:
-    """One promise."""
-
-    name: str
-    target: float
-    measured: float
-    unit: str = "x"
-    note: str = ""
-    at_least: bool = True
-
-    @property
-    def verdict(self) -> str:
-        met = self.measured >= self.target if self.at_least else self.measured <= self.target
-        return "PASS" if met else "MISS"
 
 
 def fastest(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
@@ -77,14 +59,14 @@ def versus_dense(case: ConvCase, rounds: int) -> tuple[float, str]:
 
 def point(name: str, target: float, case: ConvCase, rounds: int) -> Point:
     ratio, note = versus_dense(case, rounds)
-    return Point(name, target, ratio, "x", note)
+    return Point(name, target, ratio, note=note)
 
 
 def main_points(rounds: int) -> Iterator[Point]:
     """Specification 9: 70 % of the work cut, by regions and jointly."""
     for name, case in (("regions", MAIN), ("joint", replace(MAIN, keep=0.6, filters_kept=0.5))):
         ratio, note = versus_dense(case, rounds)
-        yield Point(f"9 70 % cut, {name}", 2.3, ratio, "x", note)
+        yield Point(f"9 70 % cut, {name}", 2.3, ratio, note=note)
         yield Point("9 the same, stretch", 2.8, ratio)
 
 
@@ -119,20 +101,20 @@ def stacked(rounds: int) -> Iterator[Point]:
     times = fastest({**{n: MAIN.build(n) for n in LAYOUTS}, "sapwood": second}, rounds)
     best = min(times[n] for n in LAYOUTS)
     note = f"{times['sapwood'] * 1e3:.2f} ms against {best * 1e3:.2f} ms"
-    yield Point("11 second of a pair, half of the groups", 3.2, best / times["sapwood"], "x", note)
+    yield Point("11 second of a pair, half of the groups", 3.2, best / times["sapwood"], note=note)
 
 
 def curve(rounds: int) -> Iterator[Point]:
     """The issue: never below 0.95x of dense, whatever is cut."""
     for cut in (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
         ratio, note = versus_dense(replace(MAIN, keep=1 - cut), rounds)
-        yield Point(f"curve, {cut:.0%} cut", 0.95, ratio, "x", note)
+        yield Point(f"curve, {cut:.0%} cut", 0.95, ratio, note=note)
 
 
 def others(rounds: int) -> Iterator[Point]:
     """Specification 12 and 13: nothing cut, depthwise, the LSTM step."""
     ratio, note = versus_dense(replace(MAIN, keep=1.0), 2 * rounds)
-    yield Point("12 all kept, time / dense", 1.05, 1 / ratio, "x", note, at_least=False)
+    yield Point("12 all kept, time / dense", 1.05, 1 / ratio, note=note, at_least=False)
     deep = ConvCase("copruned_depthwise_conv2d", 8, 128, 128, 56, 7, 0.3)
     yield point("12 depthwise 7x7, 70 %", 1.8, deep, rounds)
     cell = ConvCase("copruned_conv_lstm_step", 8, 64, 256, 32, 5, 0.3)
@@ -151,7 +133,7 @@ def memory(rounds: int) -> Iterator[Point]:
     """Specification 15: memory beyond inputs, result and list; one thread."""
     for name in CHILDREN:
         extra = extra_in_child(name)
-        yield Point(f"15 extra memory, {name}", 1.05, extra, " MB", at_least=False)
+        yield Point(f"15 extra memory, {name}", 1.05, extra, unit=" MB", at_least=False)
 
 
 CHILDREN: dict[str, ConvCase] = {
@@ -201,14 +183,6 @@ GROUPS: dict[str, Callable[[int], Iterator[Point]]] = {
 }
 
 
-def line(point: Point) -> str:
-    sign = ">=" if point.at_least else "<="
-    return (
-        f"{point.name:<42}{sign:>3}{point.target:>6.4g}{point.unit:<3}"
-        f"{point.measured:>8.3g}{point.unit:<3} {point.verdict:<4}  {point.note}"
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -221,24 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.child:
         print(measure_child(options.child))
         return 0
-    print(f"{machine_name()}, torch {torch.__version__}, commit {history.commit()}")
-    points = []
-    for name in options.only:
-        for found in GROUPS[name](options.rounds):
-            points.append(found)
-            print(line(found), flush=True)
-    missed = sum(found.verdict == "MISS" for found in points)
-    print(f"{len(points)} points, {missed} missed")
-    if options.json:
-        content = {
-            "machine": machine_name(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "commit": history.commit(),
-            "points": [{**asdict(found), "verdict": found.verdict} for found in points],
-        }
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
-    return 1 if missed else 0
+    points = chain.from_iterable(GROUPS[name](options.rounds) for name in options.only)
+    return 1 if report(points, options.json) else 0
 
 
 if __name__ == "__main__":

@@ -13,20 +13,19 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
-import history
 import torch
+from points import Point, report
 from torch import Tensor
 
 import sapwood
-from sapwood._measure import machine_name
 
 N, D, THRESHOLD = 20_000, 256, 0.9
 PLANTED = 2_000
@@ -34,23 +33,6 @@ PROBES, UNITS = 4096, 300  # activations of a layer: its units are the columns
 GROUPS_OF_COPIES = 50
 
 Inputs = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Point:
-    """One promise."""
-
-    name: str
-    target: float
-    measured: float
-    unit: str = "x"
-    note: str = ""
-    at_least: bool = False
-
-    @property
-    def verdict(self) -> str:
-        met = self.measured >= self.target if self.at_least else self.measured <= self.target
-        return "PASS" if met else "MISS"
 
 
 def rows_of(n: int, d: int, planted: int = PLANTED) -> Tensor:
@@ -99,7 +81,9 @@ def pairs(rounds: int) -> Iterator[Point]:
     got = codes(torch.stack([found.row, found.col], 1))
     wrong = (got ^ codes(sure)) - codes(near)
     note = f"{len(found)} pairs, {len(near)} within 1e-6 of the threshold"
-    yield Point("2 pairs that differ from float64", 0, len(wrong), "", note)
+    yield Point(
+        "2 pairs that differ from float64", 0, len(wrong), unit="", note=note, at_least=False
+    )
     buffer = torch.empty(N, N)
     unit = torch.nn.functional.normalize(x)
     times = fastest(
@@ -112,18 +96,34 @@ def pairs(rounds: int) -> Iterator[Point]:
     )
     ours = times["sapwood"]
     note = f"{ours:.2f} s against {times['allocating']:.2f} s"
-    yield Point("10 time / X @ X.T + nonzero", 0.65, ours / times["allocating"], "x", note)
-    yield Point("10 the same, stretch", 0.30, ours / times["allocating"])
+    yield Point(
+        "10 time / X @ X.T + nonzero",
+        0.65,
+        ours / times["allocating"],
+        note=note,
+        at_least=False,
+    )
+    yield Point("10 the same, stretch", 0.30, ours / times["allocating"], at_least=False)
     note = f"against {times['buffer']:.2f} s"
     yield Point(
-        "10 time / the same into a buffer, stretch", 0.55, ours / times["buffer"], "x", note
+        "10 time / the same into a buffer, stretch",
+        0.55,
+        ours / times["buffer"],
+        note=note,
+        at_least=False,
     )
 
 
 def memory(rounds: int) -> Iterator[Point]:
     """Specification 10 and 12: memory beyond inputs and results."""
     for name in ("pairs", "topk"):
-        yield Point(f"10 extra memory, {name}", 64.0, peak_in_child(name, N, D).extra, " MB")
+        yield Point(
+            f"10 extra memory, {name}",
+            64.0,
+            peak_in_child(name, N, D).extra,
+            unit=" MB",
+            at_least=False,
+        )
 
 
 def dense(rounds: int) -> Iterator[Point]:
@@ -139,11 +139,20 @@ def dense(rounds: int) -> Iterator[Point]:
         },
         rounds,
     )
-    yield Point("11 5 % of the pairs, time / full", 1.0, times["sapwood"] / times["full"])
+    yield Point(
+        "11 5 % of the pairs, time / full", 1.0, times["sapwood"] / times["full"], at_least=False
+    )
     count = len(sapwood.ops.similarity_pairs(x, threshold=threshold))
     bytes_each = peak_in_child("dense", n, D).total * 1e6 / count
     note = f"{count} pairs, 20 bytes of each are the result; nothing taken off"
-    yield Point("11 bytes per reported pair", 30 + 64e6 / count, bytes_each, " B", note)
+    yield Point(
+        "11 bytes per reported pair",
+        30 + 64e6 / count,
+        bytes_each,
+        unit=" B",
+        note=note,
+        at_least=False,
+    )
 
 
 def topk(rounds: int) -> Iterator[Point]:
@@ -159,7 +168,13 @@ def topk(rounds: int) -> Iterator[Point]:
     times = fastest({**calls, "sapwood": lambda: sapwood.ops.similarity_topk(x, 10)}, rounds)
     best = min(times[c] for c in calls)
     note = f"{times['sapwood']:.2f} s against {best:.2f} s"
-    yield Point("12 k = 10, time / best chunked topk", 0.85, times["sapwood"] / best, "x", note)
+    yield Point(
+        "12 k = 10, time / best chunked topk",
+        0.85,
+        times["sapwood"] / best,
+        note=note,
+        at_least=False,
+    )
     values, indices = sapwood.ops.similarity_topk(x, 10)
     sample = torch.arange(0, N, 40)
     wide = torch.nn.functional.normalize(x.double())
@@ -167,7 +182,9 @@ def topk(rounds: int) -> Iterator[Point]:
     s[torch.arange(len(sample)), sample] = -torch.inf
     lost = (s.topk(10).values - s.gather(1, indices[sample])).abs().max()
     note = f"values within {float((values[sample] - s.gather(1, indices[sample])).abs().max()):.0e}"
-    yield Point("3 top-k short of float64, 500 rows", 1e-12, float(lost), "", note)
+    yield Point(
+        "3 top-k short of float64, 500 rows", 1e-12, float(lost), unit="", note=note, at_least=False
+    )
 
 
 def scale(rounds: int) -> Iterator[Point]:
@@ -177,7 +194,14 @@ def scale(rounds: int) -> Iterator[Point]:
     sapwood.ops.similarity_topk(x, 10)
     seconds = time.perf_counter() - start
     extra = peak_in_child("topk", 100_000, D).extra
-    yield Point("issue 1: top 10 of 100 000, extra memory", 512.0, extra, " MB", f"{seconds:.0f} s")
+    yield Point(
+        "issue 1: top 10 of 100 000, extra memory",
+        512.0,
+        extra,
+        unit=" MB",
+        note=f"{seconds:.0f} s",
+        at_least=False,
+    )
 
 
 def matrices(rounds: int) -> Iterator[Point]:
@@ -193,11 +217,19 @@ def matrices(rounds: int) -> Iterator[Point]:
             return sapwood.ops.similarity_matrix(x)
 
         times = fastest({"sapwood": ours, "plain": plain}, 40 * rounds)
-        yield Point(f"13 matrix of {n} rows", 1.05, times["sapwood"] / times["plain"])
+        yield Point(
+            f"13 matrix of {n} rows", 1.05, times["sapwood"] / times["plain"], at_least=False
+        )
     megabytes = PROBES * UNITS * 4 / 1e6
     extra = peak_in_child("transposed", PROBES, UNITS).extra
     note = f"{extra:.1f} MB for {megabytes:.1f} MB of input, {PROBES} x {UNITS}"
-    yield Point("13 transposed correlation, memory", 1.0, extra / megabytes, "x", note)
+    yield Point(
+        "13 transposed correlation, memory",
+        1.0,
+        extra / megabytes,
+        note=note,
+        at_least=False,
+    )
 
 
 def cka(rounds: int) -> Iterator[Point]:
@@ -210,10 +242,14 @@ def cka(rounds: int) -> Iterator[Point]:
         },
         rounds,
     )
-    yield Point("14 linear_cka / three products", 1.3, times["sapwood"] / times["products"])
+    yield Point(
+        "14 linear_cka / three products", 1.3, times["sapwood"] / times["products"], at_least=False
+    )
     peak = peak_in_child("cka", 50_000, 512)
     note = "N x N has 10 000 MB"
-    yield Point("14 linear_cka, extra memory", 64.0, peak.extra, " MB", note)
+    yield Point(
+        "14 linear_cka, extra memory", 64.0, peak.extra, unit=" MB", note=note, at_least=False
+    )
 
 
 def clusters(rounds: int) -> Iterator[Point]:
@@ -226,14 +262,22 @@ def clusters(rounds: int) -> Iterator[Point]:
         },
         rounds,
     )
-    yield Point("15 clusters / pairs, 50 000 rows", 1.1, times["clusters"] / times["pairs"])
+    yield Point(
+        "15 clusters / pairs, 50 000 rows", 1.1, times["clusters"] / times["pairs"], at_least=False
+    )
     sizes = (25_000, 50_000, 100_000)
     extras = [peak_in_child("clusters", n, 128).extra for n in sizes]
     edges = [n * (n // GROUPS_OF_COPIES - 1) // 2 for n in sizes]
     for at in (1, 2):
         note = f"{extras[at]:.1f} MB at {sizes[at]} rows with {edges[at] / 1e6:.0f} million edges"
         growth = extras[at] / extras[at - 1]
-        yield Point("15 clusters, memory of twice the rows", 2.1, growth, "x", note)
+        yield Point(
+            "15 clusters, memory of twice the rows",
+            2.1,
+            growth,
+            note=note,
+            at_least=False,
+        )
 
 
 def copies_of(n: int, d: int) -> Tensor:
@@ -324,14 +368,6 @@ GROUPS: dict[str, Callable[[int], Iterator[Point]]] = {
 }
 
 
-def line(point: Point) -> str:
-    sign = ">=" if point.at_least else "<="
-    return (
-        f"{point.name:<44}{sign:>3}{point.target:>8.4g}{point.unit:<3}"
-        f"{point.measured:>9.3g}{point.unit:<3} {point.verdict:<4}  {point.note}"
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
@@ -346,24 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(asdict(measure_child(name, int(n), int(d)))))
         return 0
     torch.set_num_threads(options.threads)
-    print(f"{machine_name()}, torch {torch.__version__}, commit {history.commit()}")
-    points = []
-    for name in options.only:
-        for point in GROUPS[name](options.rounds):
-            points.append(point)
-            print(line(point), flush=True)
-    missed = sum(point.verdict == "MISS" for point in points)
-    print(f"{len(points)} points, {missed} missed")
-    if options.json:
-        content = {
-            "machine": machine_name(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "commit": history.commit(),
-            "points": [{**asdict(point), "verdict": point.verdict} for point in points],
-        }
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
-    return 1 if missed else 0
+    points = chain.from_iterable(GROUPS[name](options.rounds) for name in options.only)
+    return 1 if report(points, options.json) else 0
 
 
 if __name__ == "__main__":

@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import math
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-import history
 import torch
+from points import Point, report
 from torch import Tensor
 
-from sapwood._measure import machine_name
 from sapwood.ops import splat2d_pairs
 from sapwood.ops.splat2d import DEFAULT_CUTOFF
 
@@ -43,23 +41,6 @@ AIMS = {"S1": (1.2, 3.0), "S2": (2.0, 5.0), "S3": (1.2, 3.0), "S4": (1.2, 3.0)}
 
 
 CHUNK = 16  # Gaussians that dense torch draws at a time: 1 MB of weights
-
-
-@dataclass(frozen=True)
-class Point:
-    """One promise."""
-
-    name: str
-    target: float
-    measured: float
-    unit: str = "x"
-    note: str = ""
-    at_least: bool = False
-
-    @property
-    def verdict(self) -> str:
-        met = self.measured >= self.target if self.at_least else self.measured <= self.target
-        return "PASS" if met else "MISS"
 
 
 @dataclass(frozen=True)
@@ -135,8 +116,21 @@ def speed(rounds: int) -> Iterator[Point]:
             each = times[f"{name} {what}"] / p.pairs
             note = f"{each * 1e9:.2f} ns per pair, exp {unit * 1e9:.2f} ns"
             number = 10 + i
-            yield Point(f"{number} {name} {what}", TARGETS[name][i], each / unit, " E", note)
-            yield Point(f"{number} {name} {what}, aim", AIMS[name][i], each / unit, " E")
+            yield Point(
+                f"{number} {name} {what}",
+                TARGETS[name][i],
+                each / unit,
+                unit=" E",
+                note=note,
+                at_least=False,
+            )
+            yield Point(
+                f"{number} {name} {what}, aim",
+                AIMS[name][i],
+                each / unit,
+                unit=" E",
+                at_least=False,
+            )
 
 
 def batch(rounds: int) -> Iterator[Point]:
@@ -156,7 +150,11 @@ def batch(rounds: int) -> Iterator[Point]:
         )
         note = f"{times['batch'] * 1e3:.2f} ms against {times['items'] * 1e3:.2f} ms"
         yield Point(
-            f"12 {name}, time / single calls", target, times["batch"] / times["items"], "x", note
+            f"12 {name}, time / single calls",
+            target,
+            times["batch"] / times["items"],
+            note=note,
+            at_least=False,
         )
 
 
@@ -191,7 +189,7 @@ def oracle(rounds: int) -> Iterator[Point]:
     note = (
         f"{times['dense'] * 1e3:.1f} ms against {times['sapwood'] * 1e3:.2f} ms, apart {error:.0e}"
     )
-    yield Point("13 dense torch / splat2d, 128x128", 30.0, ratio, "x", note, at_least=True)
+    yield Point("13 dense torch / splat2d, 128x128", 30.0, ratio, note=note, at_least=True)
 
 
 def threads(rounds: int) -> Iterator[Point]:
@@ -205,7 +203,13 @@ def threads(rounds: int) -> Iterator[Point]:
             best[count] = min(best[count], fastest({"both": p.both}, 2)["both"])
     torch.set_num_threads(before)
     note = f"{best[1] * 1e3:.1f} ms and {best[2] * 1e3:.1f} ms"
-    yield Point("13 S3, one thread / two threads", 1.6, best[1] / best[2], "x", note, at_least=True)
+    yield Point(
+        "13 S3, one thread / two threads",
+        1.6,
+        best[1] / best[2],
+        note=note,
+        at_least=True,
+    )
 
 
 def memory(rounds: int) -> Iterator[Point]:
@@ -218,10 +222,17 @@ def memory(rounds: int) -> Iterator[Point]:
             entries = list_entries(problem(*sizes))
             allowed = (64 * n + 8 * entries + 4 * 5 * side * side) / 1e6
             name = f"14 {what}, {side}x{side}, N = {n}"
-            yield Point(name, allowed, found[sizes], " MB", f"{entries} list entries")
+            yield Point(
+                name,
+                allowed,
+                found[sizes],
+                unit=" MB",
+                note=f"{entries} list entries",
+                at_least=False,
+            )
         first, more_pixels, more_gaussians = found.values()
         growth = max(more_pixels, more_gaussians) / first
-        yield Point(f"14 {what}, growth for 4 times the pixels or N", 4.4, growth)
+        yield Point(f"14 {what}, growth for 4 times the pixels or N", 4.4, growth, at_least=False)
 
 
 def list_entries(p: Problem) -> int:
@@ -268,14 +279,6 @@ GROUPS: dict[str, Callable[[int], Iterator[Point]]] = {
 }
 
 
-def line(point: Point) -> str:
-    sign = ">=" if point.at_least else "<="
-    return (
-        f"{point.name:<46}{sign:>3}{point.target:>8.4g}{point.unit:<3}"
-        f"{point.measured:>9.3g}{point.unit:<3} {point.verdict:<4}  {point.note}"
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -290,24 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(measure_child(what, (int(b), int(h), int(w), int(n))))
         return 0
     torch.set_num_threads(options.threads)
-    print(f"{machine_name()}, torch {torch.__version__}, commit {history.commit()}")
-    points = []
-    for name in options.only:
-        for point in GROUPS[name](options.rounds):
-            points.append(point)
-            print(line(point), flush=True)
-    missed = sum(point.verdict == "MISS" for point in points)
-    print(f"{len(points)} points, {missed} missed")
-    if options.json:
-        content = {
-            "machine": machine_name(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "commit": history.commit(),
-            "points": [{**asdict(point), "verdict": point.verdict} for point in points],
-        }
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
-    return 1 if missed else 0
+    points = chain.from_iterable(GROUPS[name](options.rounds) for name in options.only)
+    return 1 if report(points, options.json) else 0
 
 
 if __name__ == "__main__":

@@ -17,15 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-import history
 import torch
-from acceptance import Point, as_json, line
 from peak_memory import _kib
+from points import Point, report
 from torch import Tensor
 
-from sapwood._measure import machine_name
 from sapwood.pruning import MaskSet, select
 
 PARTS = 8
@@ -172,19 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problem = Problem.of(kind, options.elements, options.sparsity)
         print(measure_growth(problem, provider))
         return 0
-    print(f"{machine_name()}, torch {torch.__version__}, commit {history.commit()}")
     print(f"{options.elements} scores in {PARTS} tensors, sparsity {options.sparsity}")
-    print(f"{'figure':<48}{'target':>10}{'measured':>11}")
-    points = []
-    for kind in options.kinds:
-        for point in measured(kind, options):
-            points.append(point)
-            print(line(point), flush=True)
-    missed = sum(point.verdict == "MISS" for point in points)
-    print(f"{len(points)} figures, {missed} missed")
-    if options.json:
-        options.json.write_text(as_json(points))
-    return 1 if missed else 0
+    points = chain.from_iterable(measured(kind, options) for kind in options.kinds)
+    return 1 if report(points, options.json) else 0
 
 
 if __name__ == "__main__":
