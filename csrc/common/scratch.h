@@ -54,15 +54,13 @@ class BlockCache {
   }
 };
 
-// Uninitialised memory for one call, aligned to a cache line; taken when it is first asked for, which
-// must happen before threads share it.
+// Uninitialised memory for one call, aligned to a cache line.
 template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : bytes_(static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T)) {}
-  Scratch(Scratch&& other) noexcept
-      : bytes_(other.bytes_), block_(std::exchange(other.block_, {nullptr, 0})) {}
+      : block_(BlockCache::take(static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T))) {}
+  Scratch(Scratch&& other) noexcept : block_(std::exchange(other.block_, {nullptr, 0})) {}
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   Scratch& operator=(Scratch&&) = delete;
@@ -70,14 +68,10 @@ class Scratch {
     if (block_.address != nullptr) BlockCache::give_back(block_);
   }
 
-  T* get() const {
-    if (block_.address == nullptr) block_ = BlockCache::take(bytes_);
-    return static_cast<T*>(block_.address);
-  }
+  T* get() const { return static_cast<T*>(block_.address); }
 
  private:
-  size_t bytes_;
-  mutable BlockCache::Block block_{nullptr, 0};
+  BlockCache::Block block_;
 };
 
 }  // namespace sapwood

@@ -189,7 +189,6 @@ class Problem {
     const int64_t width = tile.columns, panels = panel_count();
     const bool weighted = !is_unit(kind);
     panels_.emplace(panels * width * depth());
-    T* const packed = panels_->get();
     std::vector<double>& column_weight = self ? query_weight_ : column_weight_;
     if (weighted) column_weight.assign(static_cast<size_t>(y.n), 0.0);
     if (weighted) panel_weight_.assign(static_cast<size_t>(panels), 0.0);
@@ -211,7 +210,8 @@ class Problem {
             y.rows[static_cast<size_t>(first + i)].finite ? static_cast<T>(size)
                                                           : std::numeric_limits<T>::infinity();
       }
-      SAPWOOD_ISA_CALL(pack_panel(rows.get(), count, depth(), width, packed + p * width * depth()));
+      SAPWOOD_ISA_CALL(
+          pack_panel(rows.get(), count, depth(), width, panels_->get() + p * width * depth()));
     });
     if (weighted && !self) weigh_queries();
     largest_weight_ = weighted ? 0.0 : 1.0;

@@ -71,7 +71,12 @@ def _backward_second(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     *_, ptr, order = ctx.saved_tensors
 
     def second(grad: Tensor, x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.segment_logsumexp_double_backward(grad, x, tangent, ptr, order)
+        # The reference's formula; its own softmax reads ptr, which a compiler cannot follow.
+        ids = reference.segment_ids(ptr, order, x.shape[1])
+        p = segment_softmax(x, ptr, order)
+        mean = _sums(p * tangent, ids, ptr.shape[0] - 1)
+        centred = tangent - mean.index_select(1, ids)
+        return mean, grad.index_select(1, ids) * p * centred
 
     return *through(second, ctx.saved_tensors[:3], grads), None, None
 
