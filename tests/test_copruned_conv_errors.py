@@ -89,7 +89,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "kind", "message"), ERRORS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("changed", "kind", "message"), ERRORS, ids=[e[2][:40] for e in ERRORS])
 def test_errors(changed: dict[str, Any], kind: type[Exception], message: str) -> None:
     arguments: dict[str, Any] = {"input": X, "weight": W, "padding": 1, **changed}
     with pytest.raises(kind) as raised:
