@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
-from conftest import Measure
+from conftest import Compare
 
 from sapwood.cli.benchmarks.similarity import SimilarityCase, cases
 
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One benchmark per case and provider, grouped by case."""
-    option = metafunc.config.getoption
-    pairs = [
-        pytest.param(case, provider, id=f"{case.op}-{case.name.replace(' ', '-')}-{provider}")
-        for case in cases(
-            quick=not option("--full"), device=option("--device"), dtype=option("--dtype")
-        )
-        for provider in case.providers
-    ]
-    metafunc.parametrize(("case", "provider"), pairs)
+CASES = cases
 
 
-def test_similarity(
-    case: SimilarityCase, provider: str, benchmark: Any, interleaved: Measure
-) -> None:
-    result = interleaved(case, provider)
-    if provider not in result.timings:
-        pytest.skip(result.unavailable[provider])
-    timing = result.timings[provider]
-    benchmark.group = f"{case.op} {case.name}"
-    benchmark.extra_info.update(vars(timing), provider=provider, baseline=case.baseline)
-    seconds = timing.median_us * 1e-6
-    iterations = max(1, min(1000, int(1e-4 / seconds)))
-    benchmark.pedantic(case.build(provider), rounds=5, iterations=iterations, warmup_rounds=1)
-    assert timing.median_us > 0
+def test_similarity(case: SimilarityCase, provider: str, compare: Compare) -> None:
+    compare(case, provider)

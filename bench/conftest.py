@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import history
 import peak_memory
@@ -21,6 +22,7 @@ from sapwood.cli.benchmarks.runner import Case, CaseResult, run_case
 _RESULTS = pytest.StashKey[dict[tuple[Case, str], tuple[CaseResult, float | None]]]()
 
 Measure = Callable[[Case, str], CaseResult]
+Compare = Callable[[Case, str], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -69,6 +71,38 @@ def interleaved(request: pytest.FixtureRequest) -> Measure:
         return result
 
     return measure
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One benchmark per case and provider of the module's ``CASES``, grouped by case."""
+    option = metafunc.config.getoption
+    cases = metafunc.module.CASES(
+        quick=not option("--full"), device=option("--device"), dtype=option("--dtype")
+    )
+    pairs = [
+        pytest.param(case, provider, id=f"{case.op}-{case.name.replace(' ', '-')}-{provider}")
+        for case in cases
+        for provider in case.providers
+    ]
+    metafunc.parametrize(("case", "provider"), pairs)
+
+
+@pytest.fixture
+def compare(benchmark: Any, interleaved: Measure) -> Compare:
+    """Times a provider among its peers and alone; skips what this machine lacks."""
+
+    def run(case: Case, provider: str) -> None:
+        result = interleaved(case, provider)
+        if provider not in result.timings:
+            pytest.skip(result.unavailable[provider])
+        timing = result.timings[provider]
+        benchmark.group = f"{case.op} {case.name}"
+        benchmark.extra_info.update(vars(timing), provider=provider, baseline=case.baseline)
+        iterations = max(1, min(1000, int(1e-4 / (timing.median_us * 1e-6))))
+        benchmark.pedantic(case.build(provider), rounds=5, iterations=iterations, warmup_rounds=1)
+        assert timing.median_us > 0
+
+    return run
 
 
 def pytest_terminal_summary(
