@@ -11,7 +11,7 @@ from pathlib import Path
 import history
 import torch
 
-from sapwood._measure import machine_name
+from sapwood._measure import hold_memory, machine_name
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Point:
 
 def report(points: Iterable[Point], path: Path | None) -> int:
     """Prints each point when it is measured, writes all to a file, and counts the misses."""
+    hold_memory()
     print(f"{machine_name()}, torch {torch.__version__}, commit {history.commit()}")
     print(f"{'point':<48}{'target':>10}{'measured':>12}")
     found = []

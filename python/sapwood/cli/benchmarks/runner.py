@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from sapwood._measure import Call, interleave
+from sapwood._measure import Call, hold_memory, interleave
 
 
 class Unavailable(Exception):
@@ -130,6 +130,7 @@ def run_case(
             continue
         case.check(provider, call())
         calls[provider] = call
+    hold_memory()
     times = interleave(calls, rounds=rounds, seconds=seconds, device=case.device, seed=seed)
     base = times[case.baseline]
     return CaseResult(
