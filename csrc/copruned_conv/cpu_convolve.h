@@ -176,10 +176,19 @@ class ChunkWork {
     if (c_.image.region == nullptr) {
       const auto blocks = static_cast<int64_t>(outputs_.size());
       const int64_t items = next_.last - next_.first;
-      ahead_list_.add_sources(c_.image, items_, next_.first + items * b / blocks,
+      const auto sample = static_cast<size_t>(items_[static_cast<size_t>(next_.first)].sample);
+      ahead_list_.add_sources(c_.image, c_.inputs[sample], items_, next_.first + items * b / blocks,
                               next_.first + items * (b + 1) / blocks, c_.taps, shape_);
     }
-    ahead_ = ahead_list_.get();
+    ahead_ = ahead_list_.over(register_tiles(outputs_[static_cast<size_t>(b)]));
+  }
+
+  // About so many register tiles make the sums of a block: all pixels for each block of weights.
+  int64_t register_tiles(const Block& block) const {
+    int64_t channels = 0;
+    for (const Block& line : inputs_) channels += line.count;
+    const int64_t bytes = c_.taps.count * channels * block.count * static_cast<int64_t>(sizeof(T));
+    return (1 + bytes / kWeightBytes) * (1 + list_.count / kMaxPixels);
   }
 
   // All input channels for the filters of one block, slice by slice.
@@ -259,7 +268,7 @@ class ChunkWork {
   Scratch<T> windows_, sums_, weights_;
   T bias_[kLine];  // of a depthwise block
   AheadList ahead_list_;
-  Ahead ahead_{nullptr, nullptr};
+  Ahead ahead_{nullptr, nullptr, 0};
   PixelList list_;
 };
 
@@ -340,6 +349,16 @@ void convolve_depthwise(const Convolution<S, T>& c, int64_t edge, const bool* in
   });
 }
 
+// The channels whose group is off, as runs of neighbours; on (groups,), or null for all.
+inline void runs_off(const bool* on, int64_t groups, int64_t group, std::vector<Run>& runs) {
+  runs.clear();
+  for (int64_t g = 0; on != nullptr && g < groups; ++g) {
+    if (on[g]) continue;
+    if (g == 0 || on[g - 1]) runs.push_back({static_cast<int32_t>(g * group), 0});
+    runs.back().count += static_cast<int32_t>(group);
+  }
+}
+
 // What is not computed: 0, or the residual bit for bit, written once.
 template <class S>
 void fill_skipped(const Target<S>& target, const Wanted& wanted, const bool* outputs,
@@ -355,19 +374,18 @@ void fill_skipped(const Target<S>& target, const Wanted& wanted, const bool* out
   };
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, wanted.cols * channels));
   parallel_range(wanted.batch * wanted.rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<Run> skipped;
     for (int64_t r = begin; r < end; ++r) {
       const int64_t b = r / wanted.rows;
       const uint8_t* row = wanted.row(b, r % wanted.rows);
-      const bool* on = outputs == nullptr ? nullptr : outputs + b * groups;
+      runs_off(outputs == nullptr ? nullptr : outputs + b * groups, groups, group, skipped);
       for (int64_t x = 0; x < wanted.cols;) {
         const int64_t pixel = (r * wanted.cols + x) * channels;
         int64_t run = x;
         while (run < wanted.cols && row[run] == row[x]) ++run;
         if (!row[x]) fill(pixel, (run - x) * channels);
-        for (int64_t p = x; row[x] && on != nullptr && p < run; ++p) {
-          for (int64_t g = 0; g < groups; ++g) {
-            if (!on[g]) fill(pixel + (p - x) * channels + g * group, group);
-          }
+        for (int64_t p = x; row[x] && p < run; ++p) {
+          for (const Run& off : skipped) fill(pixel + (p - x) * channels + off.first, off.count);
         }
         x = run;
       }

@@ -36,12 +36,13 @@ struct Image {
   int64_t tile;
 };
 
-// Ranges of memory that are needed soon; the register tiles fetch a few lines each in passing.
+// Ranges of memory that are needed soon; every register tile fetches `lines` of them in passing.
 struct Ahead {
   struct Range {
     const char *at, *end;
   };
   Range *next, *end;
+  int64_t lines;
 };
 
 // What is left of a sum over products when it is stored.

@@ -70,8 +70,7 @@ SAPWOOD_TARGET SAPWOOD_INLINE void multiply_tile(const T* windows, const int32_t
 }
 
 SAPWOOD_TARGET SAPWOOD_INLINE void fetch_lines(Ahead& ahead) {
-  constexpr int kLines = 10;  // a tile takes as long as 2000 products
-  for (int i = 0; i < kLines && ahead.next != ahead.end; ++i) {
+  for (int64_t i = 0; i < ahead.lines && ahead.next != ahead.end; ++i) {
     __builtin_prefetch(ahead.next->at, 0, 2);
     ahead.next->at += 64;
     if (ahead.next->at >= ahead.next->end) ++ahead.next;

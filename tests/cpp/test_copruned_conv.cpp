@@ -161,7 +161,7 @@ void check_multiply(const Problem<T>& p, const bool* on, const Block& outputs) {
   std::vector<T> sums(static_cast<size_t>(p.padded() * width));
   const int64_t half = p.pixels() / 2 / 24 * 24;  // whole tiles of every instruction set
   const auto run = [&](int64_t first, int64_t count) {
-    Ahead ahead{nullptr, nullptr};
+    Ahead ahead{nullptr, nullptr, 0};
     K::multiply(width, windows.data(), p.offsets.data() + first, count,
                 static_cast<const Segment*>(segments.data()), static_cast<int64_t>(segments.size()),
                 static_cast<const T*>(weights.data()), static_cast<const T*>(bias.data()),
