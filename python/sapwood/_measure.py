@@ -43,7 +43,8 @@ def hold_memory() -> bool:
     if mallopt is None:
         return False
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
-    return all([mallopt(option, value) == 1 for option, value in settings.items()])
+    taken = [mallopt(option, value) == 1 for option, value in settings.items()]
+    return all(taken)
 
 
 class Sampler:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sapwood.models import ResNet, build
+from sapwood.models.vit import Attention
 from sapwood.pruning import (
     ActivationMagnitude,
     Criterion,
@@ -22,6 +23,7 @@ from sapwood.pruning import (
     prune,
 )
 from sapwood.pruning._units import Observation, observe
+from sapwood.pruning.structure_criteria import unit_strengths
 from tests.minimize.models import CASES
 
 
@@ -143,11 +145,16 @@ def test_units_are_followed_through_a_network() -> None:
     assert len({*stem.writes.tolist()} & {*wide.writes.tolist()}) == 0
 
 
-def test_attention_joins_queries_and_keys_and_hands_on_values() -> None:
+def test_attention_pairs_queries_with_keys_and_hands_on_values() -> None:
     model = build("vit_micro", (1, 16, 16), 10)
-    found = {layer.name: layer for layer in seen(model, seeded(2, 256)).layers}
+    observation = seen(model, seeded(2, 256))
+    found = {layer.name: layer for layer in observation.layers}
     q, k, v = found["blocks.0.attention.qkv.weight"].writes.view(3, 64)
-    assert torch.equal(q, k)
+    assert len(observation.scores) == len(observation.values) == 4
+    assert all(
+        torch.equal(a, b.view(4, 16)) for a, b in zip(observation.scores[0], (q, k), strict=True)
+    )
+    assert torch.equal(observation.values[0], v.view(4, 16))
     assert torch.equal(found["blocks.0.attention.out.weight"].reads, v)
     stream = found["blocks.0.project.weight"].writes
     assert torch.equal(stream, found["blocks.3.project.weight"].writes)
@@ -217,6 +224,62 @@ def test_attention_of_torch_is_seen_too() -> None:
     found = ActivationMagnitude(x).scores(model, masks)["self_attn.out_proj.weight"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class HandWritten(nn.Module):
+    """Softmax and products instead of the fused operation."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.out = attention.heads, attention.qkv, attention.out
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-1, -2) / (width // self.heads) ** 0.5).softmax(-1)
+        y: Tensor = self.out((weights @ v).transpose(1, 2).reshape(n, tokens, width))
+        return y
+
+
+def of_torch(attention: Attention) -> nn.Module:
+    """The same as a module of torch, behind a layer that makes it no first layer."""
+    layer = nn.TransformerEncoderLayer(16, 4, 16, dropout=0.0, batch_first=True)
+    layer.self_attn.in_proj_weight.data = attention.qkv.weight.data.clone()
+    layer.self_attn.out_proj.weight.data = attention.out.weight.data.clone()
+    return layer
+
+
+@pytest.mark.parametrize(
+    "form", [lambda a: a, HandWritten, of_torch], ids=["fused", "hand", "torch"]
+)
+def test_a_weak_head_empties_first(form: Callable[[Attention], nn.Module]) -> None:
+    torch.manual_seed(0)
+    attention = Attention(16, 4)
+    qkv = attention.qkv.weight.data.view(3, 4, 4, 16)
+    qkv[:, 2] *= 0.6  # as a whole: every single dimension is about as strong as others
+    model = form(attention)
+    name = next(n for n, p in model.named_parameters() if p.shape == (48, 16))
+    masks = prune(model, 0.7, GroupScore(seeded(8, 5, 16)), include=[name])
+    left = masks[name].view(3, 4, 4, 16).flatten(2).float().mean(2)  # (q k v, heads)
+    assert bool((left[:, 2] < 0.05).all())
+    assert bool((left[:, [0, 1, 3]] > 0.1).all())
+
+
+def test_a_query_is_as_strong_as_its_key() -> None:
+    torch.manual_seed(0)
+    model, x = Attention(8, 2).double(), seeded(4, 5, 8).double()
+    weights = {"qkv.weight": model.qkv.weight, "out.weight": model.out.weight}
+    found = observe(model, x, weights)
+    ((q, k),), (values,) = found.scores, found.values
+    rows = (model.qkv.weight * rms(x.flatten(0, 1))).norm(dim=1).view(3, 2, 4)
+    met = rows[0] * rows[1]
+    strength = unit_strengths(found, weights)
+    for ids in (q, k):
+        torch.testing.assert_close(
+            strength[ids], met * met.mean(1, keepdim=True), rtol=1e-5, atol=0
+        )
+    assert values.shape == (2, 4)
 
 
 def test_a_layer_scale_is_a_layer_of_its_own() -> None:

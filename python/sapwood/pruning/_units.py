@@ -78,10 +78,16 @@ class Layer:
 
 @dataclass
 class Observation:
-    """What one forward showed: the uses of the weights, and how many units there are."""
+    """What one forward showed: the uses of the weights, and how many units there are.
+
+    Each attention has an entry in ``scores``, the units of queries and of keys that are multiplied,
+    and in ``values``, those that are averaged, all (heads, dimensions).
+    """
 
     layers: list[Layer] = field(default_factory=list)
     units: int = 0
+    scores: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
     outputs: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
@@ -117,6 +123,8 @@ class _Observer(TorchFunctionMode):
         self._held: list[Tensor] = []  # so that no id is used twice
         self._ids: dict[int, Tensor] = {}
         self._pairs: list[Tensor] = []
+        self._scores: list[tuple[Tensor, Tensor]] = []
+        self._values: list[Tensor] = []
         self.layers: list[Layer] = []
         self._units = 0
 
@@ -134,6 +142,8 @@ class _Observer(TorchFunctionMode):
             reads, writes = (mapped(ids, joined) for ids in (layer.reads, layer.writes))
             reads = torch.where(reads[0] == reads[1], reads[0], UNKNOWN)
             found.layers.append(replace(layer, reads=reads, writes=writes, square=square))
+        found.scores = [(mapped(q, joined), mapped(k, joined)) for q, k in self._scores]
+        found.values = [mapped(ids, joined) for ids in self._values]
         ids = [self._ids[id(x)].flatten() for x in tensors_in(output) if id(x) in self._ids]
         if ids:
             found.outputs = mapped(torch.cat(ids).unique(), joined)
@@ -300,8 +310,10 @@ class _Observer(TorchFunctionMode):
     def _attended(self, result: Tensor, args: Any, kwargs: dict[str, Any]) -> None:
         q, k, v = (self._of(x) for x in args[:3])
         if q is not None and k is not None and q.shape[:-2] == k.shape[:-2]:
-            self._join(q[..., 0, :], k[..., 0, :])
+            queries, keys = _heads(q[..., 0, :], k[..., 0, :])
+            self._scores.append((queries, keys))
         if v is not None and v.shape[:-2] == result.shape[:-2]:
+            self._values += _heads(v[..., 0, :])
             self._tag(result, v[..., :1, :].expand(result.shape))
 
     def _multiplied(self, result: Tensor, args: Any) -> None:
@@ -309,8 +321,10 @@ class _Observer(TorchFunctionMode):
         left, right = self._of(args[0]), self._of(args[1])
         if left is not None and right is not None:
             if left.shape[:-2] == right.shape[:-2]:
-                self._join(left[..., 0, :], right[..., :, 0])
+                queries, keys = _heads(left[..., 0, :], right[..., :, 0])
+                self._scores.append((queries, keys))
         elif right is not None and right.shape[:-2] == result.shape[:-2]:
+            self._values += _heads(right[..., 0, :])
             self._tag(result, right[..., :1, :].expand(result.shape))
 
     def _index_added(self, result: Tensor, args: Any) -> None:
@@ -324,7 +338,7 @@ class _Observer(TorchFunctionMode):
 
     def _attention_module(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """``nn.MultiheadAttention``: the projections as layers of their own."""
-        query, key, value, _, _, packed, *rest = args
+        query, key, value, _, heads, packed, *rest = args
         out_weight, out_bias = rest[5], rest[6]
         plain = kwargs.get("use_separate_proj_weight", False) or out_weight is None
         if plain or rest[1] is not None or rest[3]:  # bias_k, add_zero_attn
@@ -333,7 +347,8 @@ class _Observer(TorchFunctionMode):
         attended, weights = func(*args[:11], identity, None, *args[13:], **kwargs)
         width = query.shape[-1]
         q, k, v = (self._fresh(width) for _ in range(3))
-        self._join(q, k)
+        self._scores.append((q.view(heads, -1), k.view(heads, -1)))
+        self._values.append(v.view(heads, -1))
         if id(packed) in self._names:
             for part, (x, writes) in enumerate(((query, q), (key, k), (value, v))):
                 rows = slice(part * width, (part + 1) * width)
@@ -342,3 +357,9 @@ class _Observer(TorchFunctionMode):
         output = F.linear(attended, out_weight, out_bias)
         self._weighted("linear", output, (attended, out_weight), {})
         return output, weights
+
+
+def _heads(*ids: Tensor) -> list[Tensor]:
+    """(heads, dimensions) the units of tensors (..., heads, dimensions) that belong together."""
+    rows: Tensor = torch.cat(ids, -1).flatten(0, -2).unique(dim=0)
+    return list(torch.split(rows, [part.shape[-1] for part in ids], -1))

@@ -122,6 +122,8 @@ class GroupScore(ActivationMagnitude):
         >>> int(alive.sum()) < 16                        # at magnitude nearly all 32 would live
         True
 
+    A query is read by its key, and the key by its query; the dimensions of a head also count by the
+    mean of the head, so that heads empty as a whole.
     A channel that several layers write or read (a residual stream) has the geometric mean of their
     norms. Who writes and reads is observed while the model runs on the batch: layers, elementwise
     operations, norms, pooling, reshaping, concatenation and attention are followed; through other
@@ -162,10 +164,11 @@ def contributions(layer: Layer, weight: Tensor) -> Tensor:
 def unit_strengths(found: Observation, weights: Mapping[str, nn.Parameter]) -> Tensor:
     """(units,) float64: geometric means over writers and readers, multiplied.
 
+    The dimensions of a head count by its mean, too, so that heads empty one after the other.
     Whole norms are squared sums over all that one layer writes to, or reads from, a unit; a side
     on which nothing was seen counts as 1, and units of the output as infinitely strong.
     """
-    written, read = _Means(found.units), _Means(found.units)
+    written, read = _Norms(found.units), _Norms(found.units)
     for layer in found.layers:
         a = contributions(layer, widened(weights[layer.name])[layer.rows]).double().square().cpu()
         if layer.diagonal:
@@ -175,14 +178,22 @@ def unit_strengths(found: Observation, weights: Mapping[str, nn.Parameter]) -> T
         written.add(layer.writes, a.flatten(1).sum(1))
         per_input = a.flatten(2).sum(2) if a.dim() > 2 else a  # (out, in per group)
         read.add(layer.reads, per_input.view(layer.groups, -1, a.shape[1]).sum(1).reshape(-1))
-    strength = written.values() * read.values()
+    norms = written.means()
+    for q, k in found.scores:
+        met = (q >= 0) & (k >= 0)
+        read.add(q[met], norms[k[met]].square())
+        read.add(k[met], norms[q[met]].square())
+    strength = norms * read.means()
+    for heads in (*(part for pair in found.scores for part in pair), *found.values):
+        ids = heads[(heads >= 0).all(1)]
+        strength[ids] *= strength[ids].mean(1, keepdim=True)
     known = found.outputs[found.outputs >= 0]
     strength[known] = torch.inf
     return strength
 
 
-class _Means:
-    """Geometric means, per unit, of the norms that layers contribute."""
+class _Norms:
+    """The norms that layers contribute to the units, by their logarithms."""
 
     def __init__(self, units: int) -> None:
         self._logs = torch.zeros(units, dtype=torch.float64)
@@ -197,7 +208,8 @@ class _Means:
         self._logs[there] += 0.5 * sums[there].log()
         self._counts[there] += 1
 
-    def values(self) -> Tensor:
+    def means(self) -> Tensor:
+        """Geometric means; 1 where nothing was added."""
         return (self._logs / self._counts.clamp_min(1)).exp()
 
 
