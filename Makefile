@@ -27,7 +27,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PATH := $(abspath $(BIN)):$(PATH)
 CMAKE = SAPWOOD_TORCH_DIR="$$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/torch" cmake
 .DELETE_ON_ERROR:
-.PHONY: help tour test experiment bench docs wheel lint build emulation sanitizer environment clean FORCE
+.PHONY: help tour test experiment bench coverage docs wheel lint build emulation sanitizer suite environment clean FORCE
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 20
@@ -72,7 +72,35 @@ PRESET ?= asan
 sanitizer: $(STAMPS)/torch  ## the C++ tests under PRESET=asan or PRESET=tsan
 	$(CMAKE) --preset $(PRESET)
 	cmake --build --preset $(PRESET)
-	ctest --test-dir build/$(PRESET) --output-on-failure --timeout 600
+	ctest --test-dir build/$(PRESET) -j $(JOBS) --output-on-failure --timeout 600
+
+# ASan must be the first library of a process; what Python and torch leave allocated is not ours.
+ASAN = LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+SUITE ?= tests
+suite: build  ## the Python tests of SUITE with the kernels under AddressSanitizer
+	$(CMAKE) --preset asan
+	cmake --build --preset asan
+	$(BIN)/python tools/instrumented.py build/asan
+	$(ASAN) OMP_NUM_THREADS=1 build/asan/venv/bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider \
+	  -m "not gpu and not experiment and not slow" \
+	  --emulation-library=build/asan/tests/cpp/_ops_emu.so $(SUITE) $(PYTEST_FLAGS)
+
+GCOVR = $(BIN)/gcovr --object-directory build/coverage --gcov-ignore-parse-errors all \
+  --exclude-throw-branches --sort uncovered-percent
+coverage: build  ## lines that the tests run: Python, kernels, emulated CUDA
+	$(CMAKE) --preset coverage
+	cmake --build --preset coverage
+	$(BIN)/python tools/instrumented.py build/coverage
+	find build/coverage -name '*.gcda' -delete
+	OMP_NUM_THREADS=1 build/coverage/venv/bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider \
+	  -m "not gpu and not experiment" --cov=sapwood --cov-report=html:build/coverage/python \
+	  --cov-report=term:skip-covered --cov-fail-under=95 \
+	  --emulation-library=build/coverage/tests/cpp/_ops_emu.so \
+	  $(PYTEST_FLAGS)
+	ctest --test-dir build/coverage -j $(JOBS) --output-on-failure --timeout 600
+	$(GCOVR) --filter 'csrc/.*\.(cpp|h|inl)$$' --fail-under-line 90
+	$(GCOVR) --filter 'csrc/.*\.cuh?$$' --fail-under-line 95
 
 environment: $(STAMPS)/torch
 

@@ -149,21 +149,23 @@ def test_float32(name: str) -> None:
     torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * a.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["small_lenet", "any_size_resnet", "convnext"])
-def test_bfloat16_is_as_close_to_the_exact_network(name: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision_is_as_close_to_the_exact_network(name: str, dtype: torch.dtype) -> None:
     model, _, _ = prepared(name)
     case = CASES[name]
     narrow = case.build()
     narrow.load_state_dict(model.state_dict())
-    narrow.bfloat16().eval()
-    x = case.inputs(32).bfloat16()
+    narrow.to(dtype).eval()
+    x = case.inputs(32)
+    x = x.to(dtype) if x.is_floating_point() else x
     small, _ = minimize(narrow, x)
     exact = case.build()
     exact.load_state_dict({k: v.double() for k, v in narrow.state_dict().items()})
     exact.double().eval()
-    reference = exact(x.double())
+    reference = exact(x.double() if x.is_floating_point() else x)
     errors = [(net(x).double() - reference).abs().max().item() for net in (narrow, small)]
-    ulp = torch.finfo(torch.bfloat16).eps * reference.abs().max().item()
+    ulp = torch.finfo(dtype).eps * reference.abs().max().item()
     assert errors[1] <= 1.5 * errors[0] + ulp
 
 
