@@ -11,18 +11,19 @@ whole fit. ``growth`` and ``full`` run on every photo that ``--photo`` names, th
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from points import Point, report
 from torch import Tensor
 
-from sapwood._measure import interleave, machine_name
+from sapwood._measure import interleave
 from sapwood.gaussian import FitResult, GaussianField, fit_image, fit_images, psnr
 from sapwood.gaussian._optimise import Optimiser
 from sapwood.gaussian._settings import Settings
@@ -31,25 +32,6 @@ from sapwood.ops import splat2d, splat2d_backward
 
 PHOTOS = ("kodim01", "kodim05", "kodim13", "kodim15", "kodim20", "kodim23")
 CROP = 256
-
-
-@dataclass(frozen=True)
-class Point:
-    """One promise; without a target it is a figure that is only reported."""
-
-    name: str
-    measured: float
-    target: float | None = None
-    unit: str = "dB"
-    note: str = ""
-    at_least: bool = True
-
-    @property
-    def verdict(self) -> str:
-        if self.target is None:
-            return ""
-        met = self.measured >= self.target if self.at_least else self.measured <= self.target
-        return "PASS" if met else "MISS"
 
 
 @dataclass(frozen=True)
@@ -69,6 +51,13 @@ class Request:
         return image[:, top : top + CROP, left : left + CROP].contiguous()
 
 
+def figure(
+    name: str, measured: float, target: float | None = None, *, unit: str = "dB", **more: Any
+) -> Point:
+    """A figure, judged if it has a target."""
+    return Point(name, target, measured, unit=unit, **more)
+
+
 def told(result: FitResult) -> str:
     return f"{len(result.field)} Gaussians, SSIM {result.ssim:.4f}, {result.seconds:.1f} s"
 
@@ -82,12 +71,12 @@ def gates(request: Request) -> Iterator[Point]:
     crop = request.crop()
     for n, target in ((1000, None), (2500, 36.0), (5000, 40.0), (10_000, None)):
         result = fit_image(crop, n, steps=1000, densify="none")
-        yield Point(f"kodim23, {n} Gaussians, 1000 steps", result.psnr, target, note=told(result))
+        yield figure(f"kodim23, {n} Gaussians, 1000 steps", result.psnr, target, note=told(result))
     for steps in (250, 500):
         result = fit_image(crop, 5000, steps=steps, densify="none")
-        yield Point(f"kodim23, 5000 Gaussians, {steps} steps", result.psnr, note=told(result))
+        yield figure(f"kodim23, 5000 Gaussians, {steps} steps", result.psnr, note=told(result))
     result = fit_image(request.crop("kodim05"), 2500, steps=1000, densify="none")
-    yield Point("kodim05, 2500 Gaussians, 1000 steps", result.psnr, note=told(result))
+    yield figure("kodim05, 2500 Gaussians, 1000 steps", result.psnr, note=told(result))
 
 
 def init(request: Request) -> Iterator[Point]:
@@ -98,8 +87,8 @@ def init(request: Request) -> Iterator[Point]:
         values = [fit_image(crop, 5000, seed=s, **options).psnr for s in request.seeds]
         means[name] = mean(values)
         note = ", ".join(f"{value:.2f}" for value in values)
-        yield Point(f"kodim23, 5000 Gaussians, init {name}", means[name], note=note)
-    yield Point("gradient over uniform", means["gradient"] - means["uniform"], 2.0)
+        yield figure(f"kodim23, 5000 Gaussians, init {name}", means[name], note=note)
+    yield figure("gradient over uniform", means["gradient"] - means["uniform"], 2.0)
 
 
 def growth(request: Request) -> Iterator[Point]:
@@ -114,18 +103,18 @@ def growth(request: Request) -> Iterator[Point]:
             fewest = min(len(r.field) for r in results)
             note = f"SSIM {mean([r.ssim for r in results]):.4f}, at least {fewest} Gaussians, "
             note += ", ".join(f"{r.psnr:.2f}" for r in results)
-            yield Point(f"{photo}, 2500 Gaussians, densify {name}", means[name], note=note)
+            yield figure(f"{photo}, 2500 Gaussians, densify {name}", means[name], note=note)
         for name in ("error", "split"):
             target = -0.2 if photo in ("kodim23", "kodim05") else None
-            yield Point(f"{photo}, {name} over none", means[name] - means["none"], target)
+            yield figure(f"{photo}, {name} over none", means[name] - means["none"], target)
 
 
 def full(request: Request) -> Iterator[Point]:
     """Issue 3: whole photos, 10 000 Gaussians."""
     for photo in request.photos:
         result = fit_image(request.photo(photo), 10_000, steps=3000)
-        yield Point(f"{photo}, 768 x 512, 10000 Gaussians", result.psnr, note=told(result))
-        yield Point(f"{photo}, seconds", result.seconds, unit="s")
+        yield figure(f"{photo}, 768 x 512, 10000 Gaussians", result.psnr, note=told(result))
+        yield figure(f"{photo}, seconds", result.seconds, unit="s")
 
 
 def events(request: Request) -> Iterator[Point]:
@@ -135,8 +124,10 @@ def events(request: Request) -> Iterator[Point]:
             worst, late = _events(request.crop(), densify, mode)
             name = f"kodim23, {densify}, {mode}"
             target = -1.0 if densify == "split" else None
-            yield Point(f"{name}: worst change at an event", worst, target)
-            yield Point(f"{name}: steps to be better again, worst", late, 30, "", at_least=False)
+            yield figure(f"{name}: worst change at an event", worst, target)
+            yield figure(
+                f"{name}: steps to be better again, worst", late, 30, unit="", at_least=False
+            )
 
 
 @torch.no_grad()
@@ -189,9 +180,11 @@ def batch(request: Request) -> Iterator[Point]:
     alone = [fit_image(crop, 1200, steps=500) for crop in crops]
     one_by_one = time.perf_counter() - start
     apart = max(abs(a.psnr - b.psnr) for a, b in zip(together, alone, strict=True))
-    yield Point("8 crops at once: largest difference", apart, 0.05, at_least=False)
+    yield figure("8 crops at once: largest difference", apart, 0.05, at_least=False)
     note = f"{at_once:.1f} s against {one_by_one:.1f} s"
-    yield Point("time at once / one by one", at_once / one_by_one, 1.0, "x", note, at_least=False)
+    yield figure(
+        "time at once / one by one", at_once / one_by_one, 1.0, unit="x", note=note, at_least=False
+    )
 
 
 def files(request: Request) -> Iterator[Point]:
@@ -203,8 +196,8 @@ def files(request: Request) -> Iterator[Point]:
         stored = GaussianField.load(Path(folder) / "a.safetensors")
     lost = result.psnr - float(psnr(stored.render(), crop))
     note = f"at {result.psnr:.2f} dB; {stored.bits_per_pixel(half=True):.2f} bits per pixel"
-    yield Point("lost by half=True", lost, 0.3, note=note, at_least=False)
-    yield Point("bits per pixel, float32", stored.bits_per_pixel(), unit="")
+    yield figure("lost by half=True", lost, 0.3, note=note, at_least=False)
+    yield figure("bits per pixel, float32", stored.bits_per_pixel(), unit="")
 
 
 @torch.no_grad()
@@ -225,13 +218,13 @@ def step(request: Request) -> Iterator[Point]:
     times = {name: min(t) for name, t in interleave(calls, rounds=30, seconds=1.0).items()}
     note = ", ".join(f"{name} {1e3 * t:.2f} ms" for name, t in times.items())
     ratio = times["step"] / (times["forward"] + times["backward"])
-    yield Point("step / (forward + backward)", ratio, 1.6, "x", note, at_least=False)
+    yield figure("step / (forward + backward)", ratio, 1.6, unit="x", note=note, at_least=False)
 
 
 PARTS = {f.__name__: f for f in (gates, init, growth, full, events, batch, files, step)}
 
 
-def main() -> None:
+def main() -> int:
     """Runs what is asked for; prints a line per point, and writes them to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, metavar="PHOTOS")
@@ -243,18 +236,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     request = Request(arguments.folder, arguments.photo, arguments.seeds)
-    print(machine_name())
-    points = []
-    for name in arguments.only:
-        for point in PARTS[name](request):
-            points.append(point)
-            target = "" if point.target is None else f"{point.target:g}"
-            line = f"{point.name:<48} {point.measured:8.3f} {point.unit:<3}{target:>6} "
-            print(f"{line}{point.verdict:<5}{point.note}", flush=True)
-    if arguments.json:
-        data = {"machine": machine_name(), "points": [asdict(p) for p in points]}
-        arguments.json.write_text(json.dumps(data, indent=2) + "\n")
+    points = chain.from_iterable(PARTS[name](request) for name in arguments.only)
+    return 1 if report(points, arguments.json) else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

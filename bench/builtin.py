@@ -46,7 +46,7 @@ def measured(isa: str, threads: int, dtype: str, seconds: float) -> dict[str, ob
     table = _dispatch.DispatchTable.from_json(done.stdout)
     if table.key.isa != isa:
         raise SystemExit(f"this CPU cannot run {isa}: it measured {table.key.isa}")
-    return _rounded(table.to_dict())
+    return {name: _rounded(value) for name, value in table.to_dict().items()}
 
 
 def _rounded(value: object) -> object:

@@ -49,7 +49,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
     """Files here are named bench_<family>.py, which pytest does not collect by itself."""
     named = file_path.name.startswith("bench_") and file_path.suffix == ".py"
     if named and not parent.session.isinitpath(file_path):
-        return pytest.Module.from_parent(parent, path=file_path)  # type: ignore[no-any-return]
+        return pytest.Module.from_parent(parent, path=file_path)
     return None
 
 

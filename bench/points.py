@@ -18,11 +18,12 @@ from sapwood._measure import hold_memory, machine_name
 class Point:
     """One promise and what became of it. ``at_least`` False: the figure must not exceed it.
 
-    Where its condition is not met (``applies`` False) the figure is shown and not judged.
+    Without a target, or where its condition is not met (``applies`` False), the figure is shown and
+    not judged.
     """
 
     name: str
-    target: float
+    target: float | None
     measured: float
     _: KW_ONLY
     at_least: bool = True
@@ -32,21 +33,26 @@ class Point:
 
     @property
     def passed(self) -> bool:
+        if self.target is None:
+            return True
         if self.at_least:
             return self.measured >= self.target
         return self.measured <= self.target
 
     @property
     def verdict(self) -> str:
+        if self.target is None:
+            return ""
         if not self.applies:
             return "n/a"
         return "PASS" if self.passed else "MISS"
 
     def __str__(self) -> str:
         sign = ">=" if self.at_least else "<="
+        wanted = "" if self.target is None else f"{sign:>3}{self.target:>7.4g}{self.unit:<3}"
         return (
-            f"{self.name:<48}{sign:>3}{self.target:>7.4g}{self.unit:<3}"
-            f"{self.measured:>9.3g}{self.unit:<3} {self.verdict:<4}  {self.note}"
+            f"{self.name:<48}{wanted:<13}"
+            f"{self.measured:>9.4g}{self.unit:<3} {self.verdict:<4}  {self.note}"
         ).rstrip()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sapwood import nesy
@@ -23,16 +25,15 @@ def learn(algebra: nesy.Algebra, steps: int = 300) -> dict[str, float]:
     """Degrees of smoking that satisfy the sentence and what is known."""
     logits = torch.zeros(len(PEOPLE), requires_grad=True)
     optimizer = torch.optim.Adam([logits], 0.05)
-    places = {name: i for i, name in enumerate(PEOPLE)}
     for _ in range(steps):
-        degrees = logits.sigmoid()
-        symbols = {
-            "smokes": lambda a, degrees=degrees: degrees[places[a]],
+        degrees = dict(zip(PEOPLE, logits.sigmoid(), strict=True))
+        symbols: dict[str, Any] = {
+            "smokes": degrees.__getitem__,
             "friends": lambda a, b: float((a, b) in FRIENDS),
         }
         reading = nesy.Interpretation(nesy.Identity, algebra, {"Person": PEOPLE}, symbols)
         sentence = S.truth(theory(), reading)
-        facts = torch.stack([1 - (degrees[places[a]] - v).abs() for a, v in KNOWN.items()])
+        facts = torch.stack([1 - (degrees[a] - v).abs() for a, v in KNOWN.items()])
         known = nesy.forall(facts.log(), "pmean").exp()
         loss = (1 - sentence) + (1 - known)
         optimizer.zero_grad()
