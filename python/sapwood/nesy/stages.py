@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -56,40 +56,58 @@ def column_of(columns: Sequence[Tensor] | Tensor, number: int) -> Tensor:
     return columns.select(1, number) if isinstance(columns, Tensor) else columns[number]
 
 
+class Lookup(NamedTuple):
+    """A column of data, the support in which it is looked up, and what a place counts for."""
+
+    column: int
+    support: Support | None  # None: counts for nothing
+    factor: int
+
+
 @dataclass(frozen=True)
 class Lookups:
-    """Pairs of a column of data and the support in which it is looked up."""
+    """All lookups of a plan, (L,) each."""
 
-    pairs: list[tuple[int, Support]]
-    which: Tensor  # (L,) the columns
+    items: list[Lookup]
+    which: Tensor  # the columns
     whole: bool  # these are the first columns, in order
-    low: Tensor  # (L,) the unknown value below the support; 0 where that is no run of integers
-    high: Tensor  # (L,) the one above
+    low: Tensor  # the unknown value below the support; 0 where that is no run of integers
+    high: Tensor  # the one above
     bounds: tuple[int, int] | None  # low and high where all are the same
+    factors: Tensor | None  # None: all are 1
     consecutive: bool
 
     def read(self, columns: Sequence[Tensor] | Tensor) -> Tensor:
-        """(B, L) int64: the place of each value in its support, plus ``low``.
+        """(B, L) int64: the place of each value in its support plus ``low``, times the factor.
 
         Args:
             columns: (B,) each, or (B, C) together.
         """
         given = [columns] if isinstance(columns, Tensor) else columns
         if not self.consecutive or any(c.is_floating_point() for c in given):
-            found = [Places.of(support)(column_of(columns, c)) for c, support in self.pairs]
-            return torch.stack(found, 1) + self.low
+            found = torch.stack([_searched(columns, item) for item in self.items], 1) + self.low
+            return found if self.factors is None else found * self.factors
         if isinstance(columns, Tensor):
-            whole = self.whole and columns.shape[1] == len(self.pairs)
+            whole = self.whole and columns.shape[1] == len(self.items)
             values = columns if whole else columns.index_select(1, self.which)
-        elif len(self.pairs) == 1:
-            values = columns[self.pairs[0][0]].unsqueeze(1)
+        elif len(self.items) == 1:
+            values = columns[self.items[0].column].unsqueeze(1)
         else:
-            values = torch.stack([columns[c] for c, _ in self.pairs], 1)
+            values = torch.stack([columns[item.column] for item in self.items], 1)
         if values.dtype != torch.int64:
             values = values.long()
         if self.bounds is not None:
-            return values.clamp(*self.bounds)
-        return values.clamp(self.low, self.high)
+            values = values.clamp(*self.bounds)
+        else:
+            values = values.clamp(self.low, self.high)
+        return values if self.factors is None else values * self.factors
+
+
+def _searched(columns: Sequence[Tensor] | Tensor, item: Lookup) -> Tensor:
+    values = column_of(columns, item.column)
+    if item.support is None:
+        return torch.zeros_like(values, dtype=torch.int64)
+    return Places.of(item.support)(values)
 
 
 @dataclass(frozen=True)
@@ -99,8 +117,8 @@ class Stage:
     groups: list[int]  # of the plan
     table: Tensor  # (operands, lists, width) columns of the workspace
     first: Tensor  # (J,) which list of each output belongs to evidence of zeros
-    factors: Tensor | None  # (L, J) float64: lists further on per lookup; None without evidence
-    direct: bool  # there is one lookup, and all factors are 1
+    ranks: list[Tensor]  # (J,) each: the lookups that lead each output to its list
+    direct: bool  # all outputs have the only lookup
     operands: int
     width: int
     begin: int  # of the results in the workspace
@@ -113,13 +131,12 @@ class Stage:
 
     def index(self, evidence: Tensor | None, rows: int) -> Tensor:
         """(operands, B, J * width): the columns that each row reads."""
-        if self.factors is None:
+        if not self.ranks:
             return self.table.view(self.operands, 1, -1).expand(-1, rows, -1)
         assert evidence is not None
-        if self.direct:
-            lists = evidence + self.first
-        else:  # whole numbers, exact in float64; integers have no product on every device
-            lists = torch.mm(evidence.double(), self.factors).long().add_(self.first)
+        lists = self.first
+        for rank in self.ranks:
+            lists = lists + (evidence if self.direct else evidence.index_select(1, rank))
         width = self.outputs * self.width
         return self.table.index_select(1, lists.view(-1)).view(self.operands, rows, width)
 
@@ -147,7 +164,7 @@ class Layout:
             if seen is not None:
                 seen = replace(
                     seen, which=seen.which.to(device), low=seen.low.to(device),
-                    high=seen.high.to(device),
+                    high=seen.high.to(device), factors=_to(seen.factors, device),
                 )  # fmt: skip
             found = self._moved[device] = replace(self, steps=steps, lookups=seen)
             by_begin = {step.begin: step for step in steps if isinstance(step, Stage)}
@@ -155,11 +172,14 @@ class Layout:
         return found
 
 
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
 def _moved(stage: Stage, device: torch.device) -> Stage:
-    factors = None if stage.factors is None else stage.factors.to(device)
     return replace(
-        stage, table=stage.table.to(device), first=stage.first.to(device), factors=factors,
-        segments=stage.segments.to(device),
+        stage, table=stage.table.to(device), first=stage.first.to(device),
+        ranks=[rank.to(device) for rank in stage.ranks], segments=stage.segments.to(device),
     )  # fmt: skip
 
 
@@ -235,75 +255,86 @@ def _fits(together: Sequence[Group]) -> bool:
 
 
 def _lookups(groups: Sequence[Group]) -> Lookups | None:
-    found: dict[tuple[int, Support], None] = {}
-    for group in groups:
-        for instances, support in zip(group.columns, group.supports, strict=True):
-            found.update(dict.fromkeys((column, support) for column in instances))
-    pairs = sorted(found, key=lambda pair: pair[0])  # stable
-    if not pairs:
+    items = sorted(
+        dict.fromkeys(
+            item for group in groups for i in range(group.instances) for item in _own(group, i)
+        ),
+        key=lambda item: (item.column, item.factor),
+    )  # stable: equal plans have equal tables
+    if not items:
         return None
-    firsts = [support.first_integer for _, support in pairs]
-    low = [0 if first is None else first - 1 for first in firsts]
-    high = [at + len(support) + 1 for at, (_, support) in zip(low, pairs, strict=True)]
+    if len({len(group.columns) for group in groups}) > 1:
+        items.append(Lookup(0, None, 1))  # of outputs that have fewer lookups than others
+    firsts = [0 if item.support is None else item.support.first_integer for item in items]
+    low = [
+        0 if item.support is None or first is None else first - 1
+        for item, first in zip(items, firsts, strict=True)
+    ]
+    high = [
+        at if item.support is None else at + len(item.support) + 1
+        for at, item in zip(low, items, strict=True)
+    ]
     same = len(set(low)) == len(set(high)) == 1
-    columns = [column for column, _ in pairs]
+    columns = [item.column for item in items]
+    factors = [item.factor for item in items]
     return Lookups(
-        pairs,
+        items,
         torch.tensor(columns),
         columns == list(range(len(columns))),
         torch.tensor(low),
         torch.tensor(high),
         (low[0], high[0]) if same else None,
+        torch.tensor(factors) if set(factors) != {1} else None,
         None not in firsts,
     )
+
+
+def _own(group: Group, instance: int) -> list[Lookup]:
+    """The lookups of an instance; a list further on in the last is the next one."""
+    assert group.kernel is not None
+    found, factor = list[Lookup](), 1
+    for number in range(len(group.columns) - 1, -1, -1):
+        found.append(Lookup(group.columns[number][instance], group.supports[number], factor))
+        factor *= group.kernel.evidence[number]
+    return found
 
 
 def _stage(part: Sequence[int], groups: Sequence[Group], layout: Layout, begin: int) -> Stage:
     own = [groups[n] for n in part]
     operands = max(1, *(len(g.inputs) for g in own))
     width = max(g.kernel.width for g in own if g.kernel is not None)
+    depth = max(len(g.columns) for g in own)
     tables: list[Indices] = []
     first: list[int] = []
-    factors: list[dict[int, int]] = []
+    ranks: list[list[int]] = [[] for _ in range(depth)]
     lists = 0
     for group in own:
         assert group.kernel is not None
         options = len(group.kernel.table)  # rows of evidence
         for instance in range(group.instances):
             table = _columns(group, instance, layout, operands, width)  # (kept, options, ...)
-            per_lookup = _factors(group, instance, layout.lookups)
-            for kept in range(group.kernel.kept_size):
-                first.append(lists + kept * options)
-                factors.append(per_lookup)
             tables.append(table.reshape(-1, operands, width))
+            numbers, shift = _numbers(_own(group, instance), layout.lookups, depth)
+            for kept in range(group.kernel.kept_size):
+                first.append(lists + kept * options - shift)
+                for rank, number in zip(ranks, numbers, strict=True):
+                    rank.append(number)
             lists += len(tables[-1])
-    matrix: Tensor | None = None
-    start = torch.tensor(first)
-    if any(factors):
-        assert layout.lookups is not None
-        matrix = torch.zeros(len(layout.lookups.pairs), len(first), dtype=torch.float64)
-        for output, per_lookup in enumerate(factors):
-            for lookup, factor in per_lookup.items():
-                matrix[lookup, output] += factor
-        start = start - (layout.lookups.low.double() @ matrix).long()
-    direct = matrix is not None and len(matrix) == 1 and bool((matrix == 1).all())
     places = torch.from_numpy(np.concatenate(tables)).transpose(0, 1).contiguous()
-    segments = torch.arange(len(first) + 1) * width
-    return Stage(list(part), places, start, matrix, direct, operands, width, begin, segments, True)
+    only = layout.lookups is not None and len(layout.lookups.items) == 1
+    return Stage(
+        list(part), places, torch.tensor(first), [torch.tensor(r) for r in ranks],
+        only and depth == 1, operands, width, begin, torch.arange(len(first) + 1) * width, True,
+    )  # fmt: skip
 
 
-def _factors(group: Group, instance: int, lookups: Lookups | None) -> dict[int, int]:
-    """How many lists further a step of each lookup leads."""
-    found: dict[int, int] = {}
-    if lookups is None or group.kernel is None:
-        return found
-    factor = 1
-    for number in range(len(group.columns) - 1, -1, -1):
-        pair = (group.columns[number][instance], group.supports[number])
-        lookup = lookups.pairs.index(pair)
-        found[lookup] = found.get(lookup, 0) + factor
-        factor *= group.kernel.evidence[number]
-    return found
+def _numbers(own: list[Lookup], lookups: Lookups | None, depth: int) -> tuple[list[int], int]:
+    """Which lookups these are, filled up to ``depth``, and what their ``low`` counts for."""
+    if depth == 0 or lookups is None:
+        return [], 0
+    numbers = [lookups.items.index(item) for item in own]
+    shift = sum(int(lookups.low[n]) * lookups.items[n].factor for n in numbers)
+    return numbers + [len(lookups.items) - 1] * (depth - len(own)), shift
 
 
 def _columns(group: Group, instance: int, layout: Layout, operands: int, width: int) -> Indices:
