@@ -172,3 +172,24 @@ def test_long_chains_are_left_to_the_public_scan(monkeypatch: pytest.MonkeyPatch
     (other,) = torch.autograd.grad(expected[:3].sum(), logits)
     torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-14)
     assert chain.slot_of(torch.zeros(6, 5), 2).shape == (3, 2, 5)
+
+
+def test_logarithms_wider_than_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autocast has it on a GPU: logits in bfloat16, their log_softmax in float32."""
+    widened = lambda x, dim: x.float().log_softmax(dim)  # noqa: E731
+    monkeypatch.setattr(torch, "log_softmax", widened)
+    digit = nesy.Categorical(nn.Identity(), range(10), name="digit")
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 6, 10, generator=generator).bfloat16().requires_grad_()
+    n = torch.randint(19, (6,), generator=generator)
+    found = mnist_add.sentence(digit, 1)(*logits.unbind(), nesy.observed(n)).log_truth()
+    assert found.dtype == torch.float32
+    log_p, log_q = logits.double().log_softmax(-1).unbind()
+    pairs = (log_p.unsqueeze(2) + log_q.unsqueeze(1)).flatten(1)
+    sums = (torch.arange(10).unsqueeze(1) + torch.arange(10)).flatten()
+    expected = pairs.masked_fill(sums != n.unsqueeze(1), -math.inf).logsumexp(1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    (own,) = torch.autograd.grad(found.sum(), logits)
+    (other,) = torch.autograd.grad(expected.sum(), logits)
+    assert own.dtype == torch.bfloat16
+    torch.testing.assert_close(own, other, rtol=2**-7, atol=1e-6)

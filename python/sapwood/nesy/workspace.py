@@ -87,9 +87,8 @@ class _Walk:
         self._layout = steps.plan.layout.on(leaves[0].device)
         self._counts = [max(1, len(numbers)) for numbers in steps.plan.slots]
         self._shapes = [x.shape for x in leaves]
-        self._dtype = leaves[0].dtype
-        for other in leaves[1:]:
-            self._dtype = torch.promote_types(self._dtype, other.dtype)
+        self._dtypes = [x.dtype for x in leaves]
+        self._dtype = torch.float32  # of the workspace, known when it is filled
         self._normalised: dict[int, Tensor] = {}
         self._stages: dict[int, _Stage] = {}
         self._others: dict[int, _Other | _Scan] = {}
@@ -97,12 +96,15 @@ class _Walk:
     def there(self, leaves: Sequence[Tensor], *, record: bool) -> list[Tensor]:
         """Fills the workspace in the order of the plan."""
         steps, layout = self._steps, self._layout
-        work = leaves[0].new_full((steps.rows, layout.width), -math.inf, dtype=self._dtype)
-        if layout.uses_one:
-            work.select(1, ONE).fill_(0)
         leaves = list(leaves)
         for slot in steps.logits:
             leaves[slot] = self._normalised[slot] = torch.log_softmax(leaves[slot], -1)
+        self._dtype = leaves[0].dtype  # that of the logarithms, which autocast may widen
+        for other in leaves[1:]:
+            self._dtype = torch.promote_types(self._dtype, other.dtype)
+        work = leaves[0].new_full((steps.rows, layout.width), -math.inf, dtype=self._dtype)
+        if layout.uses_one:
+            work.select(1, ONE).fill_(0)
         for weights, region in zip(leaves, layout.regions, strict=False):
             if region is not None:
                 rows = weights.shape[0] // region.count
@@ -224,11 +226,11 @@ class _Walk:
             grad = region.by_leaf(work)
             if shape[0] == self._counts[slot] and work.shape[0] != 1:  # one row for all
                 grad = grad.sum(1, keepdim=True)
-        grad = grad.reshape(shape)
-        if slot not in self._steps.logits:
-            return grad
-        known = self._normalised[slot]
-        return torch._log_softmax_backward_data(grad.to(known.dtype), known, -1, known.dtype)
+        if slot in self._steps.logits:
+            known = self._normalised[slot].view(grad.shape)
+            grad = grad.to(known.dtype)
+            grad = torch._log_softmax_backward_data(grad, known, -1, known.dtype)
+        return grad.reshape(shape).to(self._dtypes[slot])
 
 
 def _fill(stage: Stage, work: Tensor, evidence: Tensor | None) -> _Stage:
