@@ -259,19 +259,3 @@ def test_planning_takes_little_time() -> None:
     key = static._key(program)
     assert static._known[key] is not None
     assert fastest(lambda: static._known[static._key(program)]) <= 50e-6
-
-
-def test_elimination_is_much_faster_than_the_joint() -> None:
-    """Two digits, 32 rows, forward and backward: at least 20 times."""
-    reader = nesy.Categorical(nn.Identity(), range(10), name="digit")
-    logits = torch.randn(2, 32, 2, 10)
-    sums = mnist_add.sum_digits(torch.randint(10, (32, 2, 2)))
-    formula = mnist_add.sentence(reader, 2)
-
-    def step(strict: bool) -> None:
-        leaf = logits.clone().requires_grad_()
-        program = formula(*leaf.unbind(), nesy.observed(sums))
-        program.log_truth(strict=strict).mean().backward()
-
-    lazy, joint = fastest(lambda: step(False), 5), fastest(lambda: step(True), 5)
-    assert joint >= 20 * lazy
