@@ -193,3 +193,21 @@ def test_logarithms_wider_than_the_logits(monkeypatch: pytest.MonkeyPatch) -> No
     (other,) = torch.autograd.grad(expected.sum(), logits)
     assert own.dtype == torch.bfloat16
     torch.testing.assert_close(own, other, rtol=2**-7, atol=1e-6)
+
+
+def test_tables_move_to_a_device_once() -> None:
+    formula, logits, sums = long_addition(4)
+    xs, ys = logits.unbind()
+    layout = plan_of(formula(xs, ys, nesy.observed(sums))).layout
+    device = torch.device("meta")
+    moved = layout.on(device)
+    assert moved is layout.on(device)
+    assert layout.on(torch.device("cpu")) is layout
+    stages = [step for step in moved.steps if isinstance(step, Stage)]
+    assert set(map(id, moved.stage_of.values())) == set(map(id, stages))
+    assert moved.stage_of.keys() == layout.stage_of.keys()
+    assert moved.lookups is not None
+    tables = [moved.lookups.which, moved.lookups.low, moved.lookups.high]
+    for stage in stages:
+        tables += [stage.table, stage.first, stage.segments, *stage.ranks]
+    assert {table.device for table in tables} == {device}

@@ -114,7 +114,6 @@ def _searched(columns: Sequence[Tensor] | Tensor, item: Lookup) -> Tensor:
 class Stage:
     """Listed steps side by side: each output is the sum of a list of products."""
 
-    groups: list[int]  # of the plan
     table: Tensor  # (operands, lists, width) columns of the workspace
     first: Tensor  # (J,) which list of each output belongs to evidence of zeros
     ranks: list[Tensor]  # (J,) each: the lookups that lead each output to its list
@@ -323,7 +322,7 @@ def _stage(part: Sequence[int], groups: Sequence[Group], layout: Layout, begin: 
     places = torch.from_numpy(np.concatenate(tables)).transpose(0, 1).contiguous()
     only = layout.lookups is not None and len(layout.lookups.items) == 1
     return Stage(
-        list(part), places, torch.tensor(first), [torch.tensor(r) for r in ranks],
+        places, torch.tensor(first), [torch.tensor(r) for r in ranks],
         only and depth == 1, operands, width, begin, torch.arange(len(first) + 1) * width, True,
     )  # fmt: skip
 
