@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sapwood import nesy
-from sapwood.nesy import mnist_add
-from sapwood.nesy.plan import PLANS
+from sapwood.nesy import mnist_add, static
+from sapwood.nesy.plan import PLANS, PlanCache, Query
+from sapwood.nesy.trace import Keys
 
 
 class Counted(nn.Module):
@@ -230,3 +232,30 @@ def test_long_additions_stay_small() -> None:
         if " terms, " in line
     ]
     assert max(terms) <= 100
+
+
+def fastest(call: Callable[[], object], rounds: int = 30) -> float:
+    """Seconds of CPU time, so that other work on the machine does not count."""
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def test_planning_takes_little_time() -> None:
+    """A plan of N = 15 at most 50 ms, a cached one 150 us with its trace, 50 us without."""
+    digit = nesy.Categorical(Counted(), range(10), name="digit")
+    xs, ys = torch.randn(2, 5, 15, 4)
+    sums = nesy.observed(torch.zeros(5, 16, dtype=torch.long))
+    traced = mnist_add.sentence(digit, 15)(xs, ys, sums)._traced()
+    cache = PlanCache(most=0)  # forgets at once
+    assert fastest(lambda: cache.get(traced, Keys(), Query.TRUTH), rounds=10) <= 0.05
+
+    program = mnist_add.sentence(digit, 1)(xs[:, 0], ys[:, 0], sums[:, 0])
+    program.log_truth()
+    assert fastest(lambda: PLANS.get(program._traced(), Keys(), Query.TRUTH)) <= 150e-6
+    key = static._key(program)
+    assert static._known[key] is not None
+    assert fastest(lambda: static._known[static._key(program)]) <= 50e-6

@@ -10,9 +10,10 @@ from torch import Tensor
 from sapwood import _check
 from sapwood.nesy import listed
 from sapwood.nesy.draws import Leaf
-from sapwood.nesy.execute import Places, log_sum
+from sapwood.nesy.execute import log_sum
 from sapwood.nesy.factors import Graph
 from sapwood.nesy.plan import Query, graph_of
+from sapwood.nesy.supports import Places
 from sapwood.nesy.trace import Keys, Trace
 
 _MOST_ENTRIES = 10**8

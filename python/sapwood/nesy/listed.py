@@ -76,23 +76,3 @@ def terms(lists: Lists, evidence: Tensor | None, slots: Sequence[Tensor]) -> Ten
         slots: (B or 1, n, size) each.
     """
     return picked(lists, lists.index(evidence, rows(evidence, slots), slots[0]), slots)
-
-
-def shares(entries: Tensor, result: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of the entries given that of their log-sum-exp: 0 where no mass is."""
-    shift = result.masked_fill(result == -math.inf, 0.0).unsqueeze(-1)
-    return (entries - shift).exp_().mul_(grad.unsqueeze(-1))
-
-
-def spread(
-    lists: Lists, index: Tensor, share: Tensor, shapes: Sequence[torch.Size]
-) -> list[Tensor]:
-    """Adds what each entry (B, G, kept, width) is given to the places it came from, per slot."""
-    count = len(share)
-    if lists.operands > 1:
-        share = share.unsqueeze(2).expand(count, *lists.shape)
-    sizes = [shape[1] * shape[2] for shape in shapes]
-    joined = share.new_zeros(count, sum(sizes) + 1)
-    joined.scatter_add_(1, index, share.flatten(1))
-    parts = joined.split([*sizes, 1], 1)
-    return [p.view(count, *s[1:]) for p, s in zip(parts, shapes, strict=False)]

@@ -15,6 +15,7 @@ from sapwood.nesy.elimination import Eliminator, Input, Step, TableCache
 from sapwood.nesy.factors import Graph, GraphBuilder
 from sapwood.nesy.kernels import Kernel
 from sapwood.nesy.listed import Lists
+from sapwood.nesy.stages import Layout, lay_out
 from sapwood.nesy.supports import Support
 from sapwood.nesy.trace import Keys, Path, Trace
 
@@ -69,10 +70,17 @@ class Group:
     columns: list[list[int]]  # per column of evidence, per instance
     supports: list[Support]  # in which each column is looked up
     slot: int
+    level: int  # steps of lower levels come before
+    kept_size: int  # entries of a result
     instances: int = 0
     access: list[Access] = field(default_factory=list)
     reads: list[int] = field(default_factory=list)  # slots, in the order of the lists
     lists: Lists | None = None
+
+    @property
+    def listed(self) -> bool:
+        """Whether it has no op of its own."""
+        return self.kernel is not None and self.kernel.kind == "gather"
 
 
 @dataclass
@@ -96,6 +104,7 @@ class Plan:
     where: dict[int, Reference] = field(default_factory=dict)  # of each leaf
     groups: list[Group] = field(default_factory=list)
     support: Support | None = None  # of the result, for VALUES
+    layout: Layout = field(default_factory=lambda: Layout(0, []))
 
     @property
     def leaves(self) -> Iterable[int]:
@@ -212,6 +221,7 @@ class _Node:
     inputs: list[Input]
     columns: list[tuple[int, Support]]
     level: int
+    kept_size: int
 
 
 def _place_steps(plan: Plan) -> None:
@@ -229,7 +239,7 @@ def _place_steps(plan: Plan) -> None:
             supports = [s for _, s in node.columns]
             groups[key] = Group(
                 node.kernel, [[] for _ in node.inputs], [[] for _ in supports], supports,
-                first + len(groups),
+                first + len(groups), node.level, node.kept_size,
             )  # fmt: skip
         group = groups[key]
         for operand, source in zip(group.inputs, node.inputs, strict=True):
@@ -255,10 +265,9 @@ def _make_lists(plan: Plan, counts: list[int]) -> None:
     """The entries of every group as places in the slots that it reads, laid end to end."""
     sizes = [0] * len(counts)
     for group in plan.groups:
+        sizes[group.slot] = group.kept_size
         if group.kernel is None:
-            sizes[group.slot] = sizes[group.inputs[0][0].slot]
             continue
-        sizes[group.slot] = group.kernel.kept_size
         for operand, references in zip(group.kernel.shape.operands, group.inputs, strict=False):
             for reference in references:
                 sizes[reference.slot] = operand.size
@@ -275,6 +284,7 @@ def _make_lists(plan: Plan, counts: list[int]) -> None:
             group.reads, total = [plan.slots.index([])], 1
             offsets = [[0]] * group.instances
         group.lists = Lists(group.kernel.table, offsets, total, group.kernel.kept_size)
+    plan.layout = lay_out(plan.groups, counts, sizes)
 
 
 def _reference(plan: Plan, done: dict[int, Reference], source: Input) -> Reference:
@@ -306,7 +316,8 @@ def _nodes(path: PathPlan) -> list[tuple[int, _Node]]:
         level = 1 + max((levels[i.step] for i in inputs if i.step is not None), default=0)
         columns = [(column, path.graph.supports[v]) for column, v in step.columns]
         levels[number] = level
-        node = _Node(key, None if number in by_end else kernel, list(inputs), columns, level)
+        own = None if number in by_end else kernel
+        node = _Node(key, own, list(inputs), columns, level, kernel.kept_size)
         nodes.append((number, node))
     return nodes
 

@@ -156,7 +156,7 @@ def _attribute(
 
     with torch.enable_grad():
         execution = Execution(
-            plan, keys.leaves, keys.columns, traced.batch, program.dtype,
+            plan, keys.leaves, [c.values for c in keys.columns], traced.batch, program.dtype,
             reduce=reduce, prepare=separate, copies=copies,
         )  # fmt: skip
         leaves = execution.slots[: len(plan.slots)]

@@ -241,7 +241,9 @@ class Program:
     def _run(self, traced: Trace, query: Query) -> tuple[Tensor, Plan]:
         keys = Keys()
         plan = PLANS.get(traced, keys, query)
-        execution = Execution(plan, keys.leaves, keys.columns, traced.batch, self.dtype)
+        execution = Execution(
+            plan, keys.leaves, [c.values for c in keys.columns], traced.batch, self.dtype
+        )
         return execution.run(), plan
 
     def _normalised(

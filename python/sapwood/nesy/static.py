@@ -50,6 +50,7 @@ class _Static:
     plan: Plan
     sources: list[tuple[Source, tuple[_View, ...]]]
     columns: list[_View]
+    together: bool  # there is one view, of all columns
     batch: int | None
 
 
@@ -75,7 +76,9 @@ def log_truth(program: Program) -> Tensor | None:
     leaves = [
         Leaf(source, tuple(v.read(tensors) for v in views)) for source, views in found.sources
     ]
-    columns = [Observed(view.read(tensors), None) for view in found.columns]
+    columns: list[Tensor] | Tensor = [view.read(tensors) for view in found.columns]
+    if found.together:
+        columns = columns[0]
     return Execution(found.plan, leaves, columns, found.batch, program.dtype).run()
 
 
@@ -154,7 +157,29 @@ def _learn(program: Program) -> _Static | None:
     if complete != views or None in columns:
         return None
     sources = [(leaf.source, tuple(own)) for leaf, own in zip(keys.leaves, complete, strict=True)]
-    return _Static(plan, sources, [c for c in columns if c is not None], traced.batch)
+    known = [c for c in columns if c is not None]
+    joined = _joined(known, tensors)
+    if joined is not None:
+        return _Static(plan, sources, [joined], True, traced.batch)
+    return _Static(plan, sources, known, False, traced.batch)
+
+
+def _joined(columns: list[_View], tensors: list[Tensor]) -> _View | None:
+    """Columns that lie evenly in one argument as one view (B, C)."""
+    if len(columns) < 2:
+        return None
+    first, step = columns[0], columns[1].offset - columns[0].offset
+    like = (first.argument, first.size, first.stride)
+    even = all(
+        (c.argument, c.size, c.stride) == like and c.offset == first.offset + i * step
+        for i, c in enumerate(columns)
+    )
+    if not even or step < 1 or len(first.size) != 1:
+        return None
+    size, stride = (*first.size, len(columns)), (*first.stride, step)
+    argument = tensors[first.argument]
+    whole = first.offset == 0 and (size, stride) == (tuple(argument.shape), argument.stride())
+    return _View(first.argument, first.offset, size, stride, whole)
 
 
 def _view(tensor: Tensor, arguments: list[Tensor]) -> _View | None:

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sapwood import _check
 from sapwood.nesy.errors import TraceError
@@ -60,6 +62,45 @@ class Support:
     def boolean(self) -> bool:
         """Whether all values are truth values."""
         return all(isinstance(v, bool | np.bool_) for v in self.values)
+
+
+class Places:
+    """Where values of data lie in a support, counted from 1, as a tensor computation."""
+
+    _known: ClassVar[dict[Support, Places]] = {}
+
+    def __init__(self, support: Support) -> None:
+        self.first = support.first_integer
+        self.count = len(support)
+        numbers = [
+            (float(v), i) for i, v in enumerate(support.values) if isinstance(v, int | float)
+        ]
+        numbers.sort()
+        self._values = torch.tensor([v for v, _ in numbers], dtype=torch.float64)
+        self._places = torch.tensor([i for _, i in numbers], dtype=torch.int64)
+
+    @classmethod
+    def of(cls, support: Support) -> Places:
+        """The table of a support; the ones used are kept."""
+        found = cls._known.get(support)
+        if found is None:
+            if len(cls._known) >= 4096:
+                cls._known.clear()
+            found = cls._known[support] = cls(support)
+        return found
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(...) values to int64 places; 0 or one more than there are values for unknown ones."""
+        if self.first is not None and not values.is_floating_point():
+            shifted = values.long() - (self.first - 1) if self.first != 1 else values.long()
+            return shifted.clamp(0, self.count + 1)
+        if len(self._values) == 0:
+            return torch.zeros_like(values, dtype=torch.int64)
+        wide = values.double()
+        known = self._values.to(values.device)
+        near = torch.searchsorted(known, wide).clamp(max=len(known) - 1)
+        places = self._places.to(values.device)[near]
+        return torch.where(known[near] == wide, places + 1, 0)
 
 
 def checked_support(values: Iterable[Any]) -> Support:

@@ -46,6 +46,12 @@ class _Neural(nn.Module):
         return self._finish(self.net(*inputs), (), dtype)
 
     def _finish(self, logits: Tensor, middle: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+        logits = self._checked(logits, middle, dtype)
+        return F.log_softmax(logits, -1) if self.normalised else logits
+
+    def _checked(
+        self, logits: Tensor, middle: tuple[int, ...], dtype: torch.dtype | None
+    ) -> Tensor:
         expected = (*middle, len(self.support))
         if tuple(logits.shape[1:]) != expected:
             shape = f"(B, {', '.join(map(str, expected))})"
@@ -53,8 +59,7 @@ class _Neural(nn.Module):
                 ValueError, f"nesy.{self.name}", "net's output", f"have shape {shape}",
                 tuple(logits.shape),
             )  # fmt: skip
-        logits = logits if dtype is None else logits.to(dtype)
-        return F.log_softmax(logits, -1) if self.normalised else logits
+        return logits if dtype is None else logits.to(dtype)
 
 
 class Categorical(_Neural):
@@ -82,6 +87,10 @@ class Categorical(_Neural):
     def forward(self, *inputs: Tensor) -> Leaf:
         """A leaf; the network runs when the truth is computed."""
         return Leaf(cast(Source, self), inputs)
+
+    def logits(self, *inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """(B, k) before the ``log_softmax``."""
+        return self._checked(self.net(*inputs), (), dtype)
 
 
 class Conditional(_Neural):

@@ -1,0 +1,213 @@
+"""The fused way through a plan against the joint, and against the steps one after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sapwood import nesy
+from sapwood.nesy import chain, mnist_add, workspace
+from sapwood.nesy.plan import PLANS, Plan, Query
+from sapwood.nesy.stages import Stage
+from sapwood.nesy.trace import Keys
+from tests.nesy.random_programs import Script
+
+
+def gradient(script: Script, *, strict: bool) -> Tensor:
+    x = script.x.double().requires_grad_()
+    mass = script.on(x.float(), script.n).double().log_truth("none", strict=strict)
+    (found,) = torch.autograd.grad(
+        mass.exp().sum(), x, allow_unused=True, materialize_grads=True
+    )  # of masses: log masses of rows without mass have no derivative
+    return found
+
+
+def test_gradients_equal_those_of_the_joint() -> None:
+    """Networks, tables, guards, branches and nested blocks; rows without mass give exactly 0."""
+    moved = 0
+    for seed in range(1, 360, 4):
+        script = Script(seed)
+        if not script.program().double().log_truth("none").requires_grad:
+            continue
+        found, expected = gradient(script, strict=False), gradient(script, strict=True)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        impossible = script.program().double().log_truth("none") == -torch.inf
+        if impossible.dim():
+            assert bool((found[impossible] == 0).all()), seed
+        moved += int(bool(found.abs().sum() > 0))
+    assert moved > 10
+
+
+def long_addition(n: int, dtype: torch.dtype = torch.float64) -> tuple[Any, Tensor, Tensor]:
+    """The sentence, logits (2, B, N, 10) and digits of sums, one of which is impossible."""
+    generator = torch.Generator().manual_seed(n)
+    reader = nesy.Categorical(nn.Identity(), range(10), name="digit")
+    logits = torch.randn(2, 4, n, 10, generator=generator, dtype=dtype)
+    sums = mnist_add.sum_digits(torch.randint(10, (4, 2, n), generator=generator))
+    sums[3, n - 1] = 30  # no digit, and no sum of two
+    return mnist_add.sentence(reader, n), logits, sums
+
+
+def truth(formula: Any, logits: Tensor, sums: Tensor, n: int) -> Tensor:
+    xs, ys = logits.unbind()
+    if n == 1:
+        xs, ys, sums = xs[:, 0], ys[:, 0], sums[:, 0] + 10 * sums[:, 1]
+    found: Tensor = formula(xs, ys, nesy.observed(sums)).log_truth()
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 15])
+def test_fused_equals_step_by_step(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, first and second derivatives; with six digits the carries are one scan."""
+    formula, logits, sums = long_addition(n)
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).double()
+
+    def derivatives() -> tuple[Tensor, Tensor, Tensor]:
+        x = logits.clone().requires_grad_()
+        value = truth(formula, x, sums, n)
+        (first,) = torch.autograd.grad(value.exp().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((first * direction).sum(), x)
+        (plain,) = torch.autograd.grad(truth(formula, x, sums, n).exp().sum(), x)
+        torch.testing.assert_close(plain, first.detach(), rtol=1e-12, atol=1e-14)
+        return value.detach(), first.detach(), second
+
+    found = derivatives()
+    monkeypatch.setattr(workspace, "run", workspace.plain)
+    for one, other in zip(found, derivatives(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+    assert found[0][3] == -torch.inf
+    assert bool((found[1][:, 3] == 0).all())
+
+
+@pytest.mark.parametrize("n", [1, 4, 15])
+def test_without_gradients_the_values_are_the_same(n: int) -> None:
+    formula, logits, sums = long_addition(n, torch.float32)
+    expected = truth(formula, logits.clone().requires_grad_(), sums, n)
+    assert torch.equal(truth(formula, logits, sums, n), expected)
+    with torch.no_grad():
+        assert torch.equal(truth(formula, logits.clone().requires_grad_(), sums, n), expected)
+
+
+def plan_of(program: nesy.Program) -> Plan:
+    return PLANS.get(program._traced(), Keys(), Query.TRUTH)
+
+
+@pytest.mark.parametrize(("n", "stages"), [(1, 1), (2, 2), (4, 3), (15, 2)])
+def test_steps_of_one_level_are_one_stage(n: int, stages: int) -> None:
+    formula, logits, sums = long_addition(n)
+    xs, ys = logits.unbind()
+    data = (xs[:, 0], ys[:, 0], sums[:, 0]) if n == 1 else (xs, ys, sums)
+    layout = plan_of(formula(data[0], data[1], nesy.observed(data[2]))).layout
+    assert sum(isinstance(step, Stage) for step in layout.steps) == stages
+    assert len(layout.steps) - stages == int(n == 15)  # the scan
+
+
+def test_supports_without_order_beside_integers() -> None:
+    """Two columns in one stage: integers by subtraction, others by search; floats as data."""
+    first = nesy.Categorical(nn.Identity(), [5, 0, 2], name="gaps")
+    second = nesy.Categorical(nn.Identity(), range(3), name="run")
+    x = torch.randn(6, 3, dtype=torch.float64)
+    a, b = torch.tensor([0, 5, 2, 3, -1, 6]), torch.tensor([2, 1, 0, 0, 1, 3])
+
+    @nesy.do
+    def both(x: Tensor, a: Any, b: Any) -> Generator[Any, Any, Any]:
+        p, q = (yield first(x)), (yield second(x))
+        return (p == a) & (q == b)
+
+    log_p = x.log_softmax(-1)
+    places = {5: 0, 0: 1, 2: 2}
+    expected = [
+        (log_p[i, places[u]] if u in places else -math.inf) + (log_p[i, v] if v < 3 else -math.inf)
+        for i, (u, v) in enumerate(zip(a.tolist(), b.tolist(), strict=True))
+    ]
+    for kind in (torch.int64, torch.int8, torch.float32):
+        found = both(x, nesy.observed(a.to(kind)), nesy.observed(b.to(kind))).log_truth()
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_one_row_for_all_gets_the_gradients_of_all_rows() -> None:
+    """A trained table beside a network, of another type."""
+    table = nn.Parameter(torch.randn(3, 2).log_softmax(-1))
+    after = nesy.Conditional(table, [0, 1], range(3), name="after")
+    reader = nesy.Categorical(nn.Identity(), range(3), name="reader")
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    n = torch.tensor([0, 1, 1, 0])
+
+    @nesy.do
+    def run(x: Tensor, n: Any) -> Generator[Any, Any, Any]:
+        d = yield reader(x)
+        return (yield after(d)) == n
+
+    found = run(x, nesy.observed(n)).log_truth()
+    joint = x.log_softmax(-1).unsqueeze(-1) + table.log_softmax(-1).double()
+    expected = joint.logsumexp(1).gather(1, n.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    grads = torch.autograd.grad(found.sum(), (x, table))
+    for one, other in zip(grads, torch.autograd.grad(expected.sum(), (x, table)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_graph_can_be_walked_twice() -> None:
+    formula, logits, sums = long_addition(15)
+    x = logits.requires_grad_()
+    value = truth(formula, x, sums, 15)[:3].sum()
+    (once,) = torch.autograd.grad(value, x, retain_graph=True)
+    (twice,) = torch.autograd.grad(value, x)
+    assert torch.equal(once, twice)
+
+
+def test_long_chains_are_left_to_the_public_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    formula, logits, sums = long_addition(8)
+    expected = truth(formula, logits.requires_grad_(), sums, 8)
+    monkeypatch.setattr(workspace, "_LONG", 2)
+    x = logits.detach().clone().requires_grad_()
+    found = truth(formula, x, sums, 8)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    (own,) = torch.autograd.grad(found[:3].sum(), x)
+    (other,) = torch.autograd.grad(expected[:3].sum(), logits)
+    torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-14)
+    assert chain.slot_of(torch.zeros(6, 5), 2).shape == (3, 2, 5)
+
+
+def test_logarithms_wider_than_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autocast has it on a GPU: logits in bfloat16, their log_softmax in float32."""
+    widened = lambda x, dim: x.float().log_softmax(dim)  # noqa: E731
+    monkeypatch.setattr(torch, "log_softmax", widened)
+    digit = nesy.Categorical(nn.Identity(), range(10), name="digit")
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 6, 10, generator=generator).bfloat16().requires_grad_()
+    n = torch.randint(19, (6,), generator=generator)
+    found = mnist_add.sentence(digit, 1)(*logits.unbind(), nesy.observed(n)).log_truth()
+    assert found.dtype == torch.float32
+    log_p, log_q = logits.double().log_softmax(-1).unbind()
+    pairs = (log_p.unsqueeze(2) + log_q.unsqueeze(1)).flatten(1)
+    sums = (torch.arange(10).unsqueeze(1) + torch.arange(10)).flatten()
+    expected = pairs.masked_fill(sums != n.unsqueeze(1), -math.inf).logsumexp(1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    (own,) = torch.autograd.grad(found.sum(), logits)
+    (other,) = torch.autograd.grad(expected.sum(), logits)
+    assert own.dtype == torch.bfloat16
+    torch.testing.assert_close(own, other, rtol=2**-7, atol=1e-6)
+
+
+def test_tables_move_to_a_device_once() -> None:
+    formula, logits, sums = long_addition(4)
+    xs, ys = logits.unbind()
+    layout = plan_of(formula(xs, ys, nesy.observed(sums))).layout
+    device = torch.device("meta")
+    moved = layout.on(device)
+    assert moved is layout.on(device)
+    assert layout.on(torch.device("cpu")) is layout
+    stages = [step for step in moved.steps if isinstance(step, Stage)]
+    assert set(map(id, moved.stage_of.values())) == set(map(id, stages))
+    assert moved.stage_of.keys() == layout.stage_of.keys()
+    assert moved.lookups is not None
+    tables = [moved.lookups.which, moved.lookups.low, moved.lookups.high]
+    for stage in stages:
+        tables += [stage.table, stage.first, stage.segments, *stage.ranks]
+    assert {table.device for table in tables} == {device}
