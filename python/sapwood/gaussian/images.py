@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MODES = ("L", "RGB", "RGBA")
+#: What Pillow may take a file for; some of the others start programs or were never made for photos.
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "PPM")
 _SLACK = 0.01  # how far beyond [0, 1] values may lie
 _CHANNELS = 4  # an array whose last size is larger than this holds no image
 
@@ -33,7 +35,8 @@ def as_image(image: object, *, owner: str = "as_image") -> Tensor:
 
     Args:
         image: a tensor (C, H, W), floating point in [0, 1] or uint8; a numpy array (H, W, C) or
-            (H, W), the same; a PIL image; or the path of an image file. Palettes become RGB.
+            (H, W), the same; a PIL image; or the path of a PNG, JPEG, WebP, TIFF, GIF, BMP or PPM
+            file. Palettes become RGB.
         owner: the function that the error names.
 
     Returns:
@@ -127,7 +130,7 @@ def _read(path: str, owner: str) -> Tensor:
     from PIL import ImageOps
 
     try:
-        with pillow.open(path) as opened:
+        with pillow.open(path, formats=_FORMATS) as opened:
             picture = ImageOps.exif_transpose(opened)  # the way up that the camera noted
             pixels = _pixels(picture)
     except (pillow.UnidentifiedImageError, pillow.DecompressionBombError, SyntaxError) as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sapwood import _check
-from sapwood._files import atomic_write_bytes
+from sapwood._files import atomic_write_bytes, read_tensors
 from sapwood.minimize.adapters import AttentionCall
 from sapwood.minimize.modules import (
     AppendOnes,
@@ -155,10 +155,8 @@ def load(path: str | os.PathLike[str], model_fn: Callable[[], nn.Module]) -> nn.
 
 def _read(path: str | os.PathLike[str]) -> tuple[Mapping[str, str], dict[str, Tensor]]:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+        return read_tensors(path)
+    except ValueError as error:
         raise ValueError(
             f"sapwood.minimize.load: path must be a safetensors file, got {path}: {error}"
         ) from None
