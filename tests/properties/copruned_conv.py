@@ -24,13 +24,13 @@ class _Call:
 
 
 def _call(s: Source) -> _Call:
-    batch, rows, cols = s.size(0, 3), s.size(0, 17), s.size(0, 17)
+    batch, rows, cols = s.size(0, 3), s.size(1, 17), s.size(1, 17)  # torch takes no empty image
     kernel = s.pick(((1, 1), (3, 3), (1, 3), (3, 1), (2, 2), (5, 5), (7, 7)))
     stride, dilation, padding = s.pick((1, 1, 2)), s.pick((1, 1, 2)), s.pick((0, 1, 3))
     tile, group, is_depthwise = s.pick((1, 2, 4, 8)), s.pick((8, 16)), s.flag()
     groups_in = s.pick((1, 2)) * group
     channels = groups_in if is_depthwise else s.pick((groups_in, groups_in, 3))
-    filters = channels if is_depthwise else group * s.pick((0, 1, 2))
+    filters = channels if is_depthwise else group * s.pick((1, 2))
     shape = [[stride] * 2, [padding] * 2, [dilation] * 2]
     size = reference.output_size((rows, cols), kernel, *shape)
     masks = (
