@@ -18,7 +18,6 @@ from typing import Any
 
 from tests.fuzz.readers import Reader
 
-SECONDS = 1.0  # for one file
 MEMORY_PER_BYTE, MEMORY = 10, 48 << 20  # how much more than the file a reader may touch
 ADDRESS_SPACE = 4 << 30  # what the process may reserve beyond what it has
 
@@ -68,7 +67,7 @@ class Judge:
         self._began = self._began or time.monotonic()
         tally.executions += 1
         try:
-            with _time_limit(), warnings.catch_warnings():
+            with _time_limit(self.reader.seconds), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.reader.read(self._path)
             tally.accepted += 1
@@ -110,12 +109,12 @@ def _named(error: BaseException) -> str:
 
 
 @contextmanager
-def _time_limit() -> Iterator[None]:
+def _time_limit(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise TooSlow
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:

@@ -284,7 +284,10 @@ def edit_zip(content: bytes, random: Random, others: Sequence[bytes] = ()) -> by
     elif kind == 3:
         members[at] = (name, blind(payload, random, others))
     elif kind == 4:
-        members[at], packing = (name, bytes(random.choice((1 << 16, 1 << 20)))), zipfile.ZIP_DEFLATED
+        members[at], packing = (
+            (name, bytes(random.choice((1 << 16, 1 << 20)))),
+            zipfile.ZIP_DEFLATED,
+        )
     elif kind == 5:
         packing = random.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
     else:
@@ -369,7 +372,20 @@ def edit_pickle(content: bytes, random: Random, others: Sequence[bytes] = ()) ->
     elif kind == 2:
         ops[at], ops[other] = ops[other], ops[at]
     elif kind == 3:
-        new = (b"R", b"b", b"(", b"t", b"0", b"2", b"cos\nsystem\n", b"\x93", b"\x81", b"N", b"}", b"]")
+        new = (
+            b"R",
+            b"b",
+            b"(",
+            b"t",
+            b"0",
+            b"2",
+            b"cos\nsystem\n",
+            b"\x93",
+            b"\x81",
+            b"N",
+            b"}",
+            b"]",
+        )
         ops.insert(at, random.choice(new))
     else:
         ops[at] = blind(ops[at], random)

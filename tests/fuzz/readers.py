@@ -62,7 +62,8 @@ class Reader:
     file: str = "input"
     prepare: Callable[[Path], object] | None = None
     repair: Repair | None = None
-    largest: int = 0  # bytes that an intact file may legitimately unpack to, whatever its size
+    largest: int = 0  # bytes that a small file may unpack to, where its format compresses
+    seconds: float = 1.0  # for one file
 
 
 def saved(save: Callable[[Path], object]) -> bytes:
@@ -86,7 +87,9 @@ def _masks() -> MaskSet:
 
 
 def _mask_files() -> list[bytes]:
-    tied = MaskSet({"a": torch.ones(9, dtype=torch.bool)}, aliases={"b": "a"}, metadata={"run": "7"})
+    tied = MaskSet(
+        {"a": torch.ones(9, dtype=torch.bool)}, aliases={"b": "a"}, metadata={"run": "7"}
+    )
     empty = MaskSet({"e": torch.ones(0, 4, dtype=torch.bool), "s": torch.tensor(True)})
     return [saved(m.save) for m in (_masks(), tied, empty)]
 
@@ -232,7 +235,9 @@ def idx(array: np.ndarray[Any, Any]) -> bytes:
 
 
 def _idx_files() -> list[bytes]:
-    arrays = [np.arange(24).reshape(2, 3, 4).astype(t) for t in ("u1", "i1", "i2", "i4", "f4", "f8")]
+    arrays = [
+        np.arange(24).reshape(2, 3, 4).astype(t) for t in ("u1", "i1", "i2", "i4", "f4", "f8")
+    ]
     plain = [idx(a) for a in arrays]
     return [*plain, gzip.compress(plain[0], mtime=0), gzip.compress(plain[4], mtime=0)]
 
@@ -261,7 +266,9 @@ def _cifar_folder(version: str) -> Callable[[Path], None]:
 def _binary_batches() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         write_binary(Path(folder), tiny(per_file=2, test=1))
-        return [(Path(folder) / name).read_bytes() for name in ("data_batch_1.bin", "test_batch.bin")]
+        return [
+            (Path(folder) / name).read_bytes() for name in ("data_batch_1.bin", "test_batch.bin")
+        ]
 
 
 def _python_batches() -> list[bytes]:
@@ -279,7 +286,18 @@ def _jpeg_archives() -> list[bytes]:
         target = io.BytesIO()
         with zipfile.ZipFile(target, "w", packing) as archive:
             for split in ("train", "test"):
-                for name in ("airplane automobile bird cat deer dog frog horse ship truck").split():
+                for name in [
+                    "airplane",
+                    "automobile",
+                    "bird",
+                    "cat",
+                    "deer",
+                    "dog",
+                    "frog",
+                    "horse",
+                    "ship",
+                    "truck",
+                ]:
                     archive.writestr(zipfile.ZipInfo(f"{split}/{name}/1.jpg"), picture.getvalue())
         found.append(target.getvalue())
     return found
@@ -351,9 +369,11 @@ READERS: dict[str, Reader] = {
             repair=_repair_checkpoint,
         ),
         Reader("gaussian_field", GaussianField.load, _fields, repair=_repair_field),
-        Reader("image", as_image, _images, largest=1 << 30),
+        Reader("image", as_image, _images, largest=2 << 30, seconds=5.0),
         Reader("minimized_convolutions", lambda p: load_minimized(p, convolutions), _minimized),
-        Reader("minimized_perceptron", lambda p: load_minimized(p, network), _minimized_perceptrons),
+        Reader(
+            "minimized_perceptron", lambda p: load_minimized(p, network), _minimized_perceptrons
+        ),
         Reader("minimize_plan", lambda p: Plan.from_json(p.read_text("utf-8")), _minimize_plans),
         Reader(
             "squeeze_release_state",

@@ -81,7 +81,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--reader", choices=["all", *READERS], default="all", help="which one (all)")
+    add("--reader", choices=list(READERS), nargs="+", default=list(READERS), help="which (all)")
     add("--executions", type=int, default=10_000, help="files per reader (10000)")
     add("--seed", type=int, default=0, help="of the mutations (0)")
     add("--keep", type=Path, default=Path("build/fuzz"), help="folder of findings (build/fuzz)")
@@ -91,12 +91,11 @@ def main() -> None:
         parser.error(f"--executions must be at least 1, got {chosen.executions}")
     if importlib.util.find_spec("atheris") is None:
         parser.error("atheris must be installed: pip install 'sapwood[fuzz]'")
-    names = list(READERS) if chosen.reader == "all" else [chosen.reader]
     console = Console(stderr=chosen.json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         keep = chosen.keep.resolve()
-        tallies = [fuzz(n, chosen.executions, chosen.seed, keep, progress) for n in names]
+        tallies = [fuzz(n, chosen.executions, chosen.seed, keep, progress) for n in chosen.reader]
     if chosen.json:
         print(json.dumps(tallies, indent=1))
     else:

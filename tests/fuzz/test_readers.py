@@ -46,13 +46,12 @@ def test_other_errors_are_findings(error: Exception, what: str, tmp_path: Path) 
     assert (tmp_path / "findings" / found[1]).read_bytes() == b"input"
 
 
-def test_a_hang_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hang_is_a_finding(tmp_path: Path) -> None:
     def read(path: Path) -> None:
         while True:
             pass
 
-    monkeypatch.setattr("tests.fuzz.judge.SECONDS", 0.02)
-    judge = Judge(Reader("none", read, list), tmp_path, tmp_path / "findings")
+    judge = Judge(Reader("none", read, list, seconds=0.02), tmp_path, tmp_path / "findings")
     judge(b"input")
     assert "TooSlow" in next(iter(judge.tally.findings))
 

@@ -91,7 +91,11 @@ def main() -> None:
 
         arguments = [
             *(sys.argv[0], corpus, f"-seed={chosen.seed}", "-timeout=20", "-rss_limit_mb=0"),
-            *(f"-artifact_prefix={chosen.keep}/{chosen.reader}-", "-max_len=65536", "-len_control=0"),
+            *(
+                f"-artifact_prefix={chosen.keep}/{chosen.reader}-",
+                "-max_len=65536",
+                "-len_control=0",
+            ),
         ]
         atheris.Setup(arguments, once, custom_mutator=custom_mutator(seeds, chosen.reader))
         atheris.Fuzz()

@@ -91,9 +91,7 @@ def _scan_path(s: Source) -> Arguments:
 PROPERTIES = {
     "log_matmul": Property(batteries.TestLogMatmul, _product),
     "log_matmul_backward": Property(batteries.TestLogMatmulBackward, _backward),
-    "log_matmul_double_backward": Property(
-        batteries.TestLogMatmulDoubleBackward, _double_backward
-    ),
+    "log_matmul_double_backward": Property(batteries.TestLogMatmulDoubleBackward, _double_backward),
     "max_matmul": Property(batteries.TestMaxMatmul, _operands),
     "sample_matmul": Property(batteries.TestSampleMatmul, _samples),
     "segment_logsumexp": Property(batteries.TestSegmentLogsumexp, _segments),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 
 import tests.test_masked_matmul as batteries
 from sapwood.ops.masked_matmul import ACTIVATIONS
@@ -38,7 +39,11 @@ def _packed(s: Source, fmt: str) -> tuple[int, int, tuple[Tensor, ...]]:
     """Outputs, inputs and a packed weight; its values lie anywhere, its indices are contiguous."""
     weight, mask = _dense(s)
     values, *indices = batteries.structure({"weight": weight, "mask": mask}, fmt)
-    return len(weight), weight.shape[1], (laid_out(values, s.pick(("contiguous", "offset"))), *indices)
+    return (
+        len(weight),
+        weight.shape[1],
+        (laid_out(values, s.pick(("contiguous", "offset"))), *indices),
+    )
 
 
 def _transposed(s: Source) -> Arguments:

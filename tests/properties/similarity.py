@@ -66,7 +66,5 @@ PROPERTIES = {
     "row_normalize": Property(batteries.TestRowNormalize, _normalized),
     "similarity_pairs": Property(batteries.TestSimilarityPairs, _pairs),
     "similarity_topk": Property(batteries.TestSimilarityTopk, _topk),
-    "similarity_clusters": Property(
-        batteries.TestSimilarityClusters, _clusters, _same_clusters
-    ),
+    "similarity_clusters": Property(batteries.TestSimilarityClusters, _clusters, _same_clusters),
 }

@@ -18,7 +18,7 @@ SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33)  # around the widths of ve
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """The tensor under other strides; expanded, it repeats its first slice and so has others values.
+    """The tensor under other strides; expanded, it repeats its first slice: other values.
 
     - transposed: the last two dimensions change places in memory;
     - sliced: every second element of every dimension of a larger tensor;

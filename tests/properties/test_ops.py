@@ -51,7 +51,9 @@ def assert_layouts_agree(found: Property, args: Arguments) -> None:
     before = copied(args)
     results = outputs(battery.op(*args))
     for given_, same in zip(args, before, strict=True):
-        assert not isinstance(given_, Tensor) or torch.equal(given_, same), "an input was written to"
+        assert not isinstance(given_, Tensor) or torch.equal(given_, same), (
+            "an input was written to"
+        )
     for actual, expected in zip(results, outputs(battery.op(*before)), strict=True):
         if battery.bitwise:
             assert torch.equal(actual, expected)
