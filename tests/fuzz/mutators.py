@@ -1,7 +1,7 @@
 """Damage to files, blind and with knowledge of their formats.
 
 ``mutate`` recognises JSON, safetensors, zip, gzip, PNG and pickle by their first bytes. Half of the
-time it ignores what it knows: headers, lengths and checksums are then as wrong as chance makes them.
+time it ignores what it knows: headers, lengths and checksums are then wrong as chance has it.
 """
 
 from __future__ import annotations

@@ -41,7 +41,14 @@ from sapwood.pruning import (
     _container,
     _maskfile,
 )
-from tests.data.cifar10_files import python2_batch, python3_batch, tiny, write_binary, write_python
+from tests.data.cifar10_files import (
+    CLASSES,
+    python2_batch,
+    python3_batch,
+    tiny,
+    write_binary,
+    write_python,
+)
 from tests.dispatch.tables import table
 from tests.fuzz.mutators import Repair, joined
 
@@ -286,18 +293,7 @@ def _jpeg_archives() -> list[bytes]:
         target = io.BytesIO()
         with zipfile.ZipFile(target, "w", packing) as archive:
             for split in ("train", "test"):
-                for name in [
-                    "airplane",
-                    "automobile",
-                    "bird",
-                    "cat",
-                    "deer",
-                    "dog",
-                    "frog",
-                    "horse",
-                    "ship",
-                    "truck",
-                ]:
+                for name in CLASSES:
                     archive.writestr(zipfile.ZipInfo(f"{split}/{name}/1.jpg"), picture.getvalue())
         found.append(target.getvalue())
     return found

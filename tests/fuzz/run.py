@@ -1,8 +1,8 @@
 """Fuzzes the readers of files: ``python -m tests.fuzz.run --reader mask_file --executions 100000``.
 
-Each reader runs in a process of its own under Atheris. A reader must accept a file or refuse it with
-its documented error, within a second and with memory in proportion to the file; whatever else happens
-is a finding, its input is kept, and the command fails.
+Each reader runs in a process of its own under Atheris. A reader must accept a file or refuse it
+with its documented error, within a second and with memory in proportion to the file; whatever else
+happens is a finding, its input is kept, and the command fails.
 """
 
 from __future__ import annotations

@@ -121,8 +121,9 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
     (tmp_path / "d.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(ValueError, match=r"image must be an image file"):  # it would be a program
         as_image(tmp_path / "d.eps")
-    size = (8193).to_bytes(2, "little")
-    (tmp_path / "e.gif").write_bytes(b"GIF87a" + 2 * size + bytes(3) + b"," + bytes(4) + 2 * size)
+    Image.new("L", (9, 9)).save(tmp_path / "e.gif")
+    content = (tmp_path / "e.gif").read_bytes()
+    (tmp_path / "e.gif").write_bytes(content[:6] + 2 * b"\1\x20" + content[10:])
     with pytest.raises(ValueError, match=r"at most 67108864 pixels, got .* \(8193 x 8193 pixels\)"):
         as_image(tmp_path / "e.gif")
     with pytest.raises(FileNotFoundError):
