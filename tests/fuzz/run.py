@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ ROOT = Path(__file__).resolve().parents[2]
 _POLL = 0.2  # seconds
 
 
-def fuzz(reader: str, executions: int, seed: int, keep: Path, progress: Progress) -> dict[str, Any]:
-    """The tally of one reader."""
+def fuzz(
+    reader: str, executions: int, seed: int, keep: Path, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """The tally of one reader; where it is interrupted, that of what was done."""
     task = progress.add_task(reader, total=executions)
     keep.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -43,6 +47,9 @@ def fuzz(reader: str, executions: int, seed: int, keep: Path, progress: Progress
                 while worker.poll() is None:
                     time.sleep(_POLL)
                     progress.update(task, completed=_read(path, reader)["executions"])
+            except KeyboardInterrupt:
+                yield _read(path, reader)
+                raise
             finally:
                 worker.kill()
                 worker.wait()
@@ -51,7 +58,7 @@ def fuzz(reader: str, executions: int, seed: int, keep: Path, progress: Progress
             (keep / f"{reader}.log").write_bytes(log.read_bytes())
             tally["findings"]["the process ended"] = f"{reader}.log"
     progress.update(task, completed=tally["executions"])
-    return tally
+    yield tally
 
 
 def _read(path: Path, reader: str) -> dict[str, Any]:
@@ -93,9 +100,16 @@ def main() -> None:
         parser.error("atheris must be installed: pip install 'sapwood[fuzz]'")
     console = Console(stderr=chosen.json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    tallies: list[dict[str, Any]] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         keep = chosen.keep.resolve()
-        tallies = [fuzz(n, chosen.executions, chosen.seed, keep, progress) for n in chosen.reader]
+        try:
+            for name in chosen.reader:
+                for tally in fuzz(name, chosen.executions, chosen.seed, keep, progress):
+                    tallies.append(tally)
+        except KeyboardInterrupt:
+            console.print("interrupted: these are the files read so far")
     if chosen.json:
         print(json.dumps(tallies, indent=1))
     else:
