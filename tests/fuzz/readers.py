@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +13,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from sapwood._files import read_tensors
@@ -41,15 +37,8 @@ from sapwood.pruning import (
     _container,
     _maskfile,
 )
-from tests.data.cifar10_files import (
-    CLASSES,
-    python2_batch,
-    python3_batch,
-    tiny,
-    write_binary,
-    write_python,
-)
 from tests.dispatch.tables import table
+from tests.fuzz import data_files
 from tests.fuzz.mutators import Repair, joined
 
 _SETUP = {"cycles": 1}
@@ -154,24 +143,6 @@ def _repair_field(header: dict[str, Any], data: bytes) -> None:
     metadata["checksum"] = _field_file._checksum(metadata, entries, data)
 
 
-def _images() -> list[bytes]:
-    pixels = (np.arange(8 * 6 * 3).reshape(8, 6, 3) * 7 % 256).astype(np.uint8)
-    found = []
-    for kind, mode in (
-        *(("PNG", "RGB"), ("PNG", "P"), ("PNG", "LA"), ("PNG", "I;16"), ("JPEG", "RGB")),
-        *(("JPEG", "CMYK"), ("GIF", "P"), ("BMP", "RGB"), ("TIFF", "RGB"), ("TIFF", "F")),
-        *(("WEBP", "RGB"), ("PPM", "RGB"), ("PPM", "L")),
-    ):
-        picture = Image.fromarray(pixels)
-        picture = picture.convert("I").convert(mode) if mode == "I;16" else picture.convert(mode)
-        target = io.BytesIO()
-        exif = Image.Exif()
-        exif[274] = 6  # turned by a quarter
-        picture.save(target, kind, **({"exif": exif} if kind in ("JPEG", "WEBP", "PNG") else {}))
-        found.append(target.getvalue())
-    return found
-
-
 # minimized networks -------------------------------------------------------------------------------
 
 
@@ -230,73 +201,6 @@ def _kept(name: str) -> Callable[[], list[bytes]]:
 
 def _resume(path: Path) -> object:
     return Store(path.parent, _SETUP, True).load(network(), network)
-
-
-# data sets ----------------------------------------------------------------------------------------
-
-
-def idx(array: np.ndarray[Any, Any]) -> bytes:
-    code = {"u1": 8, "i1": 9, "i2": 11, "i4": 12, "f4": 13, "f8": 14}[array.dtype.str[1:]]
-    head = bytes([0, 0, code, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    return head + array.astype(array.dtype.newbyteorder(">")).tobytes()
-
-
-def _idx_files() -> list[bytes]:
-    arrays = [
-        np.arange(24).reshape(2, 3, 4).astype(t) for t in ("u1", "i1", "i2", "i4", "f4", "f8")
-    ]
-    plain = [idx(a) for a in arrays]
-    return [*plain, gzip.compress(plain[0], mtime=0), gzip.compress(plain[4], mtime=0)]
-
-
-def _mnist_folder(folder: Path) -> None:
-    for name in mnist.FILES:
-        array = np.zeros((3, 4, 4) if "images" in name else 3, np.uint8)
-        (folder / name).write_bytes(idx(array))
-
-
-def _mnist_images() -> list[bytes]:
-    return [idx(np.arange(48).reshape(3, 4, 4).astype(t)) for t in ("u1", "f4")]
-
-
-def _cifar_folder(version: str) -> Callable[[Path], None]:
-    def prepare(folder: Path) -> None:
-        data = tiny(per_file=2, test=2)
-        if version == "binary":
-            write_binary(folder, data)
-        else:
-            write_python(folder, data, python2_batch)
-
-    return prepare
-
-
-def _binary_batches() -> list[bytes]:
-    with tempfile.TemporaryDirectory() as folder:
-        write_binary(Path(folder), tiny(per_file=2, test=1))
-        return [
-            (Path(folder) / name).read_bytes() for name in ("data_batch_1.bin", "test_batch.bin")
-        ]
-
-
-def _python_batches() -> list[bytes]:
-    data = tiny(per_file=2, test=1)
-    values, labels = data.images[0].reshape(2, -1), data.labels[0]
-    writers = (python2_batch, *(python3_batch(protocol) for protocol in (2, 3, 4, 5)))
-    return [write(values, labels) for write in (*writers, python3_batch(5, "F"))]
-
-
-def _jpeg_archives() -> list[bytes]:
-    picture = io.BytesIO()
-    Image.new("RGB", (32, 32), (9, 90, 200)).save(picture, "JPEG", quality=20)
-    found = []
-    for packing in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        target = io.BytesIO()
-        with zipfile.ZipFile(target, "w", packing) as archive:
-            for split in ("train", "test"):
-                for name in CLASSES:
-                    archive.writestr(zipfile.ZipInfo(f"{split}/{name}/1.jpg"), picture.getvalue())
-        found.append(target.getvalue())
-    return found
 
 
 # tables and states in JSON ------------------------------------------------------------------------
@@ -365,7 +269,7 @@ READERS: dict[str, Reader] = {
             repair=_repair_checkpoint,
         ),
         Reader("gaussian_field", GaussianField.load, _fields, repair=_repair_field),
-        Reader("image", as_image, _images, largest=2 << 30, seconds=5.0),
+        Reader("image", as_image, data_files.images, largest=2 << 30, seconds=5.0),
         Reader("minimized_convolutions", lambda p: load_minimized(p, convolutions), _minimized),
         Reader(
             "minimized_perceptron", lambda p: load_minimized(p, network), _minimized_perceptrons
@@ -385,29 +289,31 @@ READERS: dict[str, Reader] = {
             file="dense.safetensors",
             prepare=_keep_run,
         ),
-        Reader("idx", read_idx, _idx_files),
+        Reader("idx", read_idx, data_files.idx_files),
         Reader(
             "mnist",
             lambda path: load_mnist(path.parent),
-            _mnist_images,
+            data_files.mnist_images,
             file=mnist.FILES[0],
-            prepare=_mnist_folder,
+            prepare=data_files.mnist_folder,
         ),
         Reader(
             "cifar10_binary",
             lambda path: load_cifar10(path.parent),
-            _binary_batches,
+            data_files.binary_batches,
             file="data_batch_1.bin",
-            prepare=_cifar_folder("binary"),
+            prepare=data_files.cifar_folder("binary"),
         ),
         Reader(
             "cifar10_python",
             lambda path: load_cifar10(path.parent),
-            _python_batches,
+            data_files.python_batches,
             file="data_batch_1",
-            prepare=_cifar_folder("Python"),
+            prepare=data_files.cifar_folder("Python"),
         ),
-        Reader("cifar10_jpeg", load_cifar10, _jpeg_archives, (ValueError, FileNotFoundError)),
+        Reader(
+            "cifar10_jpeg", load_cifar10, data_files.jpeg_archives, (ValueError, FileNotFoundError)
+        ),
         Reader("dispatch_table", lambda p: DispatchTable.from_json(p.read_text("utf-8")), _tables),
         Reader(
             "dispatch_cache",

@@ -37,6 +37,12 @@ def test_every_op_has_a_property() -> None:
     assert all(p.battery.name == op for op, p in PROPERTIES.items())
 
 
+def test_only_the_platforms_products_may_follow_the_threads() -> None:
+    """Every other op gives the same bits for any number of them, as its battery shows."""
+    exempt = {op for op, p in PROPERTIES.items() if not p.battery.bitwise}
+    assert exempt == {"masked_matmul", "masked_matmul_backward"}
+
+
 def copied(args: Arguments) -> Arguments:
     """The same values in tensors of their own, contiguous."""
     return tree_map(
