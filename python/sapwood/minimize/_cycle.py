@@ -200,21 +200,21 @@ class Store:
             raise ValueError(
                 f"{where}: checkpoint must be an empty folder without resume=True, got {path}"
             )
+        state = self._state(path, where)
         try:
-            state = self._state(path, where)
             points = [_cycle(row) for row in state["points"]]
             networks = [load(self._folder / _name(p.number), make) for p in points[1:]]
             prunable, names = _counted(state)
             model.load_state_dict(read_tensors(self._folder / _DENSE)[1])
             return Subject(model, points[0], prunable, names, points[1:], networks)
-        except (KeyError, IndexError, TypeError, RuntimeError, RecursionError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{where}: checkpoint must hold an undamaged run, got {reason} in {self._folder}"
-            ) from error
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OSError) as error:
+            raise self._damaged(where, error) from error
 
     def _state(self, path: Path, where: str) -> dict[str, Any]:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(where, error) from None
         setup = state.get("setup") if isinstance(state, dict) else None
         if not isinstance(setup, dict) or state.get("format") != _FORMAT or setup != self._setup:
             there = setup if isinstance(setup, dict) else {}
@@ -224,6 +224,11 @@ class Store:
                 f"{', '.join(different) or 'format'} in {path}"
             )
         return state
+
+    def _damaged(self, where: str, error: Exception) -> ValueError:
+        reason = (str(error).splitlines() or [""])[0]
+        expected = f"{where}: checkpoint must hold an undamaged run"
+        return ValueError(f"{expected}, got {type(error).__name__} {reason} in {self._folder}")
 
     def save(self, subject: Subject, network: nn.Module, report: MinimizeReport | None) -> None:
         """Adds the network of the latest cycle, or the dense one when ``report`` is None."""

@@ -140,7 +140,7 @@ def load(path: str | os.PathLike[str], model_fn: Callable[[], nn.Module]) -> nn.
     try:
         modules: dict[str, dict[str, Any]] = json.loads(metadata["modules"])
         for name in sorted(modules, key=lambda name: name.count(".")):
-            _rebuild(model, name, modules[name])
+            _rebuild(model, name, modules[name], tensors)
         _reshape(model, tensors)
         model.load_state_dict(tensors, assign=True)
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
@@ -195,7 +195,9 @@ def _argument(module: Any, name: str) -> Any:
     return value.numel() if isinstance(value, Tensor) else value
 
 
-def _rebuild(model: nn.Module, path: str, described: dict[str, Any]) -> None:
+def _rebuild(
+    model: nn.Module, path: str, described: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
     arguments = dict(described)
     kind = arguments.pop("type")
     if kind == "Sequential":
@@ -211,7 +213,9 @@ def _rebuild(model: nn.Module, path: str, described: dict[str, Any]) -> None:
         return
     old = model.get_submodule(path)
     if issubclass(made, (InputSelect, IndexAdd)):
-        index = torch.zeros(arguments.pop("index"), dtype=torch.int64)
+        index = tensors[f"{path}.index"]  # as long as the file says, and not as the manifest
+        if index.numel() != arguments.pop("index"):
+            raise ValueError(f"{path}.index has another length")
         new: nn.Module = made(index, **arguments)
     elif made is AppendOnes:
         new = AppendOnes()
