@@ -134,7 +134,7 @@ class Plan:
             ]
             refusals = [Refusal(**r) for r in content.pop("refusals")]
             return cls(groups=groups, refusals=refusals, **content)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             _check.fail(ValueError, where, "text", "be an undamaged plan", repr(error))
 
     def __str__(self) -> str:

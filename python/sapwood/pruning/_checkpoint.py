@@ -58,7 +58,12 @@ def read(path: str | os.PathLike[str], where: str) -> tuple[Manifest, Tensors]:
     text = metadata.get("manifest", "")
     if metadata.get("digest") != _digest(text, tensors):
         raise ValueError(f"{where}: {path} must be an intact checkpoint, got another digest")
-    manifest: Manifest = json.loads(text)
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {path} must be an intact checkpoint: {error}") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{where}: {path} must be an intact checkpoint, got no manifest")
     return manifest, tensors
 
 
