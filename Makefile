@@ -58,11 +58,12 @@ wheel: build  ## manylinux wheel in dist/, checked
 	  --exclude libc10.so --exclude 'libgomp*' --exclude libcuda.so.1
 	$(BIN)/python tools/check_wheel.py dist/"$$(cd build/wheel && ls *.whl | cut -d- -f1-4)"-*.whl
 
-lint: $(STAMPS)/dev  ## ruff, mypy --strict, clang-format
+lint: $(STAMPS)/dev  ## ruff, mypy --strict, clang-format, widths of indices
 	$(BIN)/ruff check . tests/build
 	$(BIN)/ruff format --check . tests/build
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/python tools/check_index_width.py
 
 build: $(STAMPS)/package $(STAMPS)/dev  ## editable install with all development tools
 

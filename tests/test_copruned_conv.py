@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class ConvBattery(DifferentiableBattery):
     vmappable = (0, 1, 2, 6)
 
     def reduction(self, args: tuple[Any, ...]) -> int:
-        return 2 + int(args[1][0].numel())
+        return 2 + math.prod(args[1].shape[1:])
 
     def has_expected_layout(self, result: Tensor) -> bool:
         return result.is_contiguous(memory_format=torch.channels_last)

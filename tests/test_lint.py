@@ -32,7 +32,9 @@ UNSAFE_MODULES = {
     "shelve",
     "marshal",
 }
-UNSAFE_CALLS = {"eval", "exec", "torch.load", "torch.save", "os.system"}
+UNSAFE_CALLS = {"eval", "exec", "__import__", "builtins.eval", "builtins.exec", "os.system"}
+UNSAFE_CALLS |= {"torch.load", "torch.save", "torch.serialization.load", "torch.serialization.save"}
+UNSAFE_CALLS |= {"torch.jit.load", "torch.hub.load", "pandas.read_pickle", "numpy.load"}
 
 
 def relative(path: Path) -> str:
@@ -49,18 +51,25 @@ def tracked_files() -> list[Path]:
 
 
 def unsafe(source: str) -> Iterator[str]:
-    """Calls and imports that run code from data."""
-    for node in ast.walk(ast.parse(source)):
+    """Calls and imports that run code from data, under whatever name a module is imported."""
+    tree = ast.parse(source)
+    imports = [a for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    names = {a.asname: a.name for a in imports if a.asname}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (a.name for a in node.names if a.name.split(".")[0] in UNSAFE_MODULES)
         elif isinstance(node, ast.ImportFrom) and node.module:
             if node.module.split(".")[0] in UNSAFE_MODULES:
                 yield node.module
-            elif node.module == "torch":
-                yield from (a.name for a in node.names if f"torch.{a.name}" in UNSAFE_CALLS)
+            yield from (a.name for a in node.names if f"{node.module}.{a.name}" in UNSAFE_CALLS)
         elif isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            if name in UNSAFE_CALLS:
+            first, *rest = ast.unparse(node.func).split(".")
+            name = ".".join([names.get(first, first), *rest])
+            argument = node.args[0] if node.args else None
+            if name == "importlib.import_module" and isinstance(argument, ast.Constant):
+                if str(argument.value).split(".")[0] in UNSAFE_MODULES:
+                    yield name
+            elif name in UNSAFE_CALLS:
                 yield name
             elif any(k.arg == "allow_pickle" for k in node.keywords):
                 yield f"{name}(allow_pickle)"
@@ -79,6 +88,14 @@ def test_no_code_from_data(path: Path) -> None:
         "import pickle",
         "from pickle import loads",
         "import torch\ntorch.load('a')",
+        "import torch as t\nt.load('a')",
+        "from torch.serialization import load",
+        "torch.jit.load('a')",
+        "import numpy as np\nnp.load('a')",
+        "__import__('os')",
+        "importlib.import_module('pickle')",
+        "import marshal",
+        "import shelve",
         "from torch import load",
         "torch.save(model, 'a')",
         "eval('1')",

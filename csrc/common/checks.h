@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <limits>
 #include <string>
 
 namespace sapwood {
@@ -39,6 +40,12 @@ inline void check_dtype(const char* op, const char* argument, const torch::stabl
                         bool legal, const char* expected) {
   STD_TORCH_CHECK(legal, "sapwood.", op, ": ", argument, " must be ", expected, ", got ",
                   torch::headeronly::toString(t.scalar_type()));
+}
+
+// For sizes whose numbers are kept in 32 bits.
+inline void check_int32(const char* op, const char* what, int64_t size) {
+  STD_TORCH_CHECK(size <= std::numeric_limits<int32_t>::max(), "sapwood.", op, ": ", what,
+                  " must be fewer than 2^31, got ", size);
 }
 
 }  // namespace sapwood

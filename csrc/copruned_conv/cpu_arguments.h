@@ -75,6 +75,10 @@ struct Sizes {
       geometry.stride[axis] = o.stride[at];
       geometry.padding[axis] = o.padding[at];
       geometry.dilation[axis] = o.dilation[at];
+      constexpr int64_t kMostStep = int64_t{1} << 24;  // times any kernel it is below 2^31
+      STD_TORCH_CHECK(
+          o.stride[at] < kMostStep && o.padding[at] < kMostStep && o.dilation[at] < kMostStep,
+          "sapwood.", op, ": stride, padding and dilation must be below 2^24");
       STD_TORCH_CHECK(o.stride[at] >= 1 && o.dilation[at] >= 1 && o.padding[at] >= 0, "sapwood.",
                       op, ": stride and dilation must be at least 1 and padding at least 0");
     }

@@ -1,6 +1,8 @@
 // Which pixels are wanted, as rectangles and chunks of them for the kernels.
 #pragma once
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <cstring>
 #include <vector>
 
@@ -151,7 +153,12 @@ struct Pitch {
 struct WindowShape {
   WindowShape(const Taps& taps, int64_t edge)
       : rows((edge - 1) * taps.step_y + taps.bottom - taps.top + 1),
-        cols((edge - 1) * taps.step_x + taps.right - taps.left + 1) {}
+        cols((edge - 1) * taps.step_x + taps.right - taps.left + 1) {
+    // Places in a window are numbered in 32 bits.
+    STD_TORCH_CHECK(rows * cols < (int64_t{1} << 31) / kLine,
+                    "sapwood.copruned_conv2d: stride and dilation must give windows of fewer than ",
+                    (int64_t{1} << 31) / kLine, " pixels, got ", rows, " x ", cols);
+  }
 
   int64_t rows, cols;
 

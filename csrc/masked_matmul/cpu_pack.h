@@ -20,6 +20,8 @@ inline DenseSource dense_source(const char* op, const Tensor& weight, const Tens
   check_dim(op, "weight", weight, 2);
   check_shape(op, "mask", mask, weight.sizes());
   check_dtype(op, "mask", mask, mask.element_size() == 1, "bool or uint8");
+  check_int32(op, "weight's rows", weight.size(0));
+  check_int32(op, "weight's columns", weight.size(1));
   return {contiguous_as(weight, weight.scalar_type()), contiguous_as(mask, mask.scalar_type()),
           weight.size(0), weight.size(1)};
 }
@@ -147,6 +149,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> transpose_csr(const Tensor& co
                                                                 const Tensor& row_ptr, int64_t k) {
   check_dim("transpose_csr", "cols", cols, 1);
   check_dim("transpose_csr", "row_ptr", row_ptr, 1);
+  check_int32("transpose_csr", "columns", k);
   const Tensor from = contiguous_as(cols, cols.scalar_type());
   const Tensor from_ptr = contiguous_as(row_ptr, ScalarType::Long);
   const int64_t n = row_ptr.numel() - 1, nnz = cols.numel();

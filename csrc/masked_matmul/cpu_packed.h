@@ -97,6 +97,8 @@ inline LinearCall linear_call(const char* op, const Tensor& x, const std::option
                               int64_t n, int64_t k, const std::string& activation) {
   check_dim(op, "input", x, 2);
   check_shape(op, "input", x, {x.size(0), k});
+  check_int32(op, "weight's rows", n);
+  check_int32(op, "weight's columns", k);
   if (bias.has_value()) check_shape(op, "bias", *bias, {n});
   const ScalarType type = compute_type(x.scalar_type());
   LinearCall call{contiguous_as(x, type),

@@ -146,6 +146,8 @@ Tensor order_rows(const Tensor& row_ptr, int64_t n) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> pack_csr(const Tensor& weight, const Tensor& mask) {
   const char* op = "pack_csr";
   check_mask(op, weight, mask);
+  check_int32(op, "weight's rows", weight.size(0));
+  check_int32(op, "weight's columns", weight.size(1));
   const DeviceScope scope(weight);
   const auto [row_ptr, nnz] = count_rows(weight, mask);
   const bool wide = weight.size(1) > kNarrowLimit;
@@ -158,6 +160,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_csr(const Tensor& weight, const 
 std::tuple<Tensor, Tensor, Tensor> pack_bitmap(const Tensor& weight, const Tensor& mask) {
   const char* op = "pack_bitmap";
   check_mask(op, weight, mask);
+  check_int32(op, "weight's rows", weight.size(0));
+  check_int32(op, "weight's columns", weight.size(1));
   const DeviceScope scope(weight);
   const auto [row_ptr, nnz] = count_rows(weight, mask);
   const int64_t words_per_row = (weight.size(1) + 15) / 16;
@@ -186,6 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transpose_csr(const Tensor& cols_in,
                                                          const Tensor& row_ptr_in, int64_t k) {
   const char* op = "transpose_csr";
   STD_TORCH_CHECK(k >= 0, "sapwood.", op, ": k must be at least 0, got ", k);
+  check_int32(op, "columns", k);
   const DeviceScope scope(cols_in);
   const Stream stream = current_stream(cols_in);
   const Tensor cols = torch::stable::contiguous(cols_in);

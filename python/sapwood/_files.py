@@ -8,6 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
@@ -58,6 +62,36 @@ def atomic_write_text(path: str | os.PathLike[str], content: str) -> None:
         OSError: when the folder is missing or not writable.
     """
     atomic_write_bytes(path, content.encode("utf-8"))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors (on the CPU) of a safetensors file.
+
+    >>> import tempfile, safetensors.torch, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "a.safetensors"
+    ...     atomic_write_bytes(file, safetensors.torch.save({"a": torch.ones(2)}))
+    ...     read_tensors(file)
+    ({}, {'a': tensor([1., 1.])})
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is no safetensors file, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            return file.metadata() or {}, {
+                name: file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118 - it is no mapping
+            }
+    # what the library and torch raise for headers that no writer makes
+    except (SafetensorError, RuntimeError, TypeError, OverflowError, UnicodeError) as error:
+        raise ValueError(f"{error}") from None
 
 
 @contextmanager

@@ -118,6 +118,14 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
     (tmp_path / "c.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"image must be an undamaged file, got '.*c.png' \("):
         as_image(tmp_path / "c.png")
+    (tmp_path / "d.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(ValueError, match=r"image must be an image file"):  # it would be a program
+        as_image(tmp_path / "d.eps")
+    Image.new("L", (9, 9)).save(tmp_path / "e.gif")
+    content = (tmp_path / "e.gif").read_bytes()
+    (tmp_path / "e.gif").write_bytes(content[:6] + 2 * b"\1\x20" + content[10:])
+    with pytest.raises(ValueError, match=r"at most 67108864 pixels, got .* \(8193 x 8193 pixels\)"):
+        as_image(tmp_path / "e.gif")
     with pytest.raises(FileNotFoundError):
         as_image(tmp_path / "none.png")
     with pytest.raises(IsADirectoryError):

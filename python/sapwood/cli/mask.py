@@ -176,16 +176,14 @@ def _load_masks(path: Path) -> MaskSet:
 
 
 def _load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
+    from sapwood._files import read_tensors
 
     with _reported():
         try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, (  # noqa: SIM118
-                    file.metadata() or {}
-                )
-        except SafetensorError as error:
+            metadata, tensors = read_tensors(path)
+        except ValueError as error:
             raise ValueError(f"{path} must be an intact safetensors file: {error}") from None
+        return tensors, metadata
 
 
 def _save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -95,7 +95,7 @@ def _pillow(where: str) -> ModuleType:
 
 def _members(archive: zipfile.ZipFile, classes: Sequence[str], where: str) -> Mapping[str, Members]:
     """All images, sorted; their number and sizes are bounded here."""
-    infos = [info for info in archive.infolist() if not info.is_dir()]
+    infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
     total = sum(info.file_size for info in infos)
     if len(infos) > _MOST_IMAGES or total > _MOST_BYTES:
         raise ValueError(

@@ -150,7 +150,7 @@ class GaussianField:
             if (size := file.stat().st_size) > _field_file.MAX_BYTES:
                 raise ValueError(f"the file must have at most 1 GiB, got {size} bytes")
             stored = _field_file.decode(file.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"sapwood.{_OWNER}.load: {file}: {error}") from None
         return cls(
             torch.from_numpy(stored.mu),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MODES = ("L", "RGB", "RGBA")
+#: What Pillow may take a file for; some of the others start programs or were never made for photos.
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "PPM")
+_MOST_PIXELS = 1 << 26  # of a file; a few bytes can announce as many as they like
 _SLACK = 0.01  # how far beyond [0, 1] values may lie
 _CHANNELS = 4  # an array whose last size is larger than this holds no image
 
@@ -33,7 +37,8 @@ def as_image(image: object, *, owner: str = "as_image") -> Tensor:
 
     Args:
         image: a tensor (C, H, W), floating point in [0, 1] or uint8; a numpy array (H, W, C) or
-            (H, W), the same; a PIL image; or the path of an image file. Palettes become RGB.
+            (H, W), the same; a PIL image; or the path of a PNG, JPEG, WebP, TIFF, GIF, BMP or PPM
+            file. Palettes become RGB.
         owner: the function that the error names.
 
     Returns:
@@ -42,7 +47,7 @@ def as_image(image: object, *, owner: str = "as_image") -> Tensor:
     Raises:
         TypeError: for other types, and integers other than uint8.
         ValueError: for other shapes, an empty image, NaN, values outside [-0.01, 1.01], and files
-            that are no images.
+            that are no images, damaged, or of more than 2^26 pixels.
         OSError: when the file cannot be read.
         ModuleNotFoundError: when Pillow is needed and not installed.
     """
@@ -126,19 +131,25 @@ def _read(path: str, owner: str) -> Tensor:
     pillow = _pillow(owner)
     from PIL import ImageOps
 
+    image = f"sapwood.{owner}: image must be"
     try:
-        with pillow.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)  # the way up that the camera noted
-            pixels = _pixels(picture)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow about sizes: the limit here is lower
+            with pillow.open(path, formats=_FORMATS) as opened:
+                if opened.width * opened.height > _MOST_PIXELS:
+                    raise ValueError(f"{opened.width} x {opened.height} pixels")
+                picture = ImageOps.exif_transpose(opened)  # the way up that the camera noted
+                pixels = _pixels(picture)
     except (pillow.UnidentifiedImageError, pillow.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(
-            f"sapwood.{owner}: image must be an image file, got {path!r} ({type(error).__name__})"
-        ) from None
+        raise ValueError(f"{image} an image file, got {path!r} ({type(error).__name__})") from None
     except OSError as error:
         if error.errno is not None:  # missing, a folder, not readable
             raise
+        raise ValueError(f"{image} an undamaged file, got {path!r} ({error})") from None
+    except Exception as error:  # damaged files make Pillow raise errors of any kind
+        reason = str(error) or type(error).__name__
         raise ValueError(
-            f"sapwood.{owner}: image must be an undamaged file, got {path!r} ({error})"
+            f"{image} an undamaged file of at most {_MOST_PIXELS} pixels, got {path!r} ({reason})"
         ) from None
     return _checked(_from_numpy(pixels, owner), owner)
 

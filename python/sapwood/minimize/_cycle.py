@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from sapwood._files import atomic_write_bytes, atomic_write_text
+from sapwood._files import atomic_write_bytes, atomic_write_text, read_tensors
 from sapwood.minimize._trace import Inputs
 from sapwood.minimize.api import minimize
 from sapwood.minimize.release import evaluating
@@ -22,6 +22,7 @@ from sapwood.pruning.masks import MaskSet
 
 __all__ = ["Cycle", "SqueezeReleaseResult", "Store", "Subject"]
 
+_NUMBERS = (int, float)
 _STATE, _DENSE, _FORMAT = "squeeze_release.json", "dense.safetensors", "sapwood.squeeze_release/1"
 
 
@@ -199,17 +200,35 @@ class Store:
             raise ValueError(
                 f"{where}: checkpoint must be an empty folder without resume=True, got {path}"
             )
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state.get("format") != _FORMAT or state["setup"] != self._setup:
-            different = [k for k, v in self._setup.items() if state.get("setup", {}).get(k) != v]
+        state = self._state(path, where)
+        try:
+            points = [_cycle(row) for row in state["points"]]
+            networks = [load(self._folder / _name(p.number), make) for p in points[1:]]
+            prunable, names = _counted(state)
+            model.load_state_dict(read_tensors(self._folder / _DENSE)[1])
+            return Subject(model, points[0], prunable, names, points[1:], networks)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OSError) as error:
+            raise self._damaged(where, error) from error
+
+    def _state(self, path: Path, where: str) -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(where, error) from None
+        setup = state.get("setup") if isinstance(state, dict) else None
+        if not isinstance(setup, dict) or state.get("format") != _FORMAT or setup != self._setup:
+            there = setup if isinstance(setup, dict) else {}
+            different = [k for k, v in self._setup.items() if there.get(k) != v]
             raise ValueError(
                 f"{where}: checkpoint must be of the same run, got another "
                 f"{', '.join(different) or 'format'} in {path}"
             )
-        model.load_state_dict(safetensors.torch.load_file(self._folder / _DENSE))
-        points = [_cycle(row) for row in state["points"]]
-        networks = [load(self._folder / _name(p.number), make) for p in points[1:]]
-        return Subject(model, points[0], state["prunable"], state["names"], points[1:], networks)
+        return state
+
+    def _damaged(self, where: str, error: Exception) -> ValueError:
+        reason = (str(error).splitlines() or [""])[0]
+        expected = f"{where}: checkpoint must hold an undamaged run"
+        return ValueError(f"{expected}, got {type(error).__name__} {reason} in {self._folder}")
 
     def save(self, subject: Subject, network: nn.Module, report: MinimizeReport | None) -> None:
         """Adds the network of the latest cycle, or the dense one when ``report`` is None."""
@@ -245,4 +264,17 @@ def _name(number: int) -> str:
 
 
 def _cycle(row: dict[str, Any]) -> Cycle:
-    return Cycle(**{**row, "refusals": tuple(row["refusals"])})
+    cycle = Cycle(**{**row, "refusals": tuple(row["refusals"])})
+    integers = (cycle.number, cycle.parameters, cycle.bytes, cycle.macs, cycle.nonzeros)
+    numbers = (cycle.sparsity, cycle.metric, cycle.max_error or 0.0, cycle.release_rise or 0.0)
+    if not all(type(n) is int for n in integers) or not all(type(n) in _NUMBERS for n in numbers):
+        raise TypeError(f"a cycle of other types: {row!r}"[:200])
+    return cycle
+
+
+def _counted(state: dict[str, Any]) -> tuple[int, list[str] | None]:
+    prunable, names = state["prunable"], state["names"]
+    is_names = names is None or (type(names) is list and all(type(n) is str for n in names))
+    if type(prunable) is not int or not is_names:
+        raise TypeError("prunable weights or names of other types")
+    return prunable, names

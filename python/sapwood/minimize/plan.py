@@ -117,18 +117,25 @@ class Plan:
         """Reads what ``to_json`` wrote.
 
         Raises:
-            ValueError: if the text is no plan of this version.
+            ValueError: if the text is no plan of this version, or a damaged one.
         """
-        content = json.loads(text)
+        where = "minimize.Plan.from_json"
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            _check.fail(ValueError, where, "text", "be JSON", error)
         found = content.pop("format", None) if isinstance(content, dict) else None
         if found != _FORMAT:
-            _check.fail(ValueError, "minimize.Plan.from_json", "text", f"be a {_FORMAT}", found)
-        groups = [
-            ChannelGroup(**{**g, "constants": {int(k): v for k, v in g["constants"].items()}})
-            for g in content.pop("groups")
-        ]
-        refusals = [Refusal(**r) for r in content.pop("refusals")]
-        return cls(groups=groups, refusals=refusals, **content)
+            _check.fail(ValueError, where, "text", f"be a {_FORMAT}", found)
+        try:
+            groups = [
+                ChannelGroup(**{**g, "constants": {int(k): v for k, v in g["constants"].items()}})
+                for g in content.pop("groups")
+            ]
+            refusals = [Refusal(**r) for r in content.pop("refusals")]
+            return cls(groups=groups, refusals=refusals, **content)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            _check.fail(ValueError, where, "text", "be an undamaged plan", repr(error))
 
     def __str__(self) -> str:
         table = Table(box=None, pad_edge=False, header_style="")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sapwood import _check
-from sapwood._files import atomic_write_bytes
+from sapwood._files import atomic_write_bytes, read_tensors
 from sapwood.minimize.adapters import AttentionCall
 from sapwood.minimize.modules import (
     AppendOnes,
@@ -140,7 +140,7 @@ def load(path: str | os.PathLike[str], model_fn: Callable[[], nn.Module]) -> nn.
     try:
         modules: dict[str, dict[str, Any]] = json.loads(metadata["modules"])
         for name in sorted(modules, key=lambda name: name.count(".")):
-            _rebuild(model, name, modules[name])
+            _rebuild(model, name, modules[name], tensors)
         _reshape(model, tensors)
         model.load_state_dict(tensors, assign=True)
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
@@ -155,10 +155,8 @@ def load(path: str | os.PathLike[str], model_fn: Callable[[], nn.Module]) -> nn.
 
 def _read(path: str | os.PathLike[str]) -> tuple[Mapping[str, str], dict[str, Tensor]]:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+        return read_tensors(path)
+    except ValueError as error:
         raise ValueError(
             f"sapwood.minimize.load: path must be a safetensors file, got {path}: {error}"
         ) from None
@@ -197,7 +195,9 @@ def _argument(module: Any, name: str) -> Any:
     return value.numel() if isinstance(value, Tensor) else value
 
 
-def _rebuild(model: nn.Module, path: str, described: dict[str, Any]) -> None:
+def _rebuild(
+    model: nn.Module, path: str, described: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
     arguments = dict(described)
     kind = arguments.pop("type")
     if kind == "Sequential":
@@ -213,7 +213,9 @@ def _rebuild(model: nn.Module, path: str, described: dict[str, Any]) -> None:
         return
     old = model.get_submodule(path)
     if issubclass(made, (InputSelect, IndexAdd)):
-        index = torch.zeros(arguments.pop("index"), dtype=torch.int64)
+        index = tensors[f"{path}.index"]  # as long as the file says, and not as the manifest
+        if index.numel() != arguments.pop("index"):
+            raise ValueError(f"{path}.index has another length")
         new: nn.Module = made(index, **arguments)
     elif made is AppendOnes:
         new = AppendOnes()

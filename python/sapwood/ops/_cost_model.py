@@ -115,10 +115,9 @@ class DispatchTable:
             ValueError: when the text is not JSON or not such a table.
         """
         try:
-            content = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+            return cls.from_dict(json.loads(text), source)
+        except (json.JSONDecodeError, RecursionError) as error:  # too deep to be read or shown
             _invalid("text", "be JSON", str(error))
-        return cls.from_dict(content, source)
 
     @classmethod
     def from_dict(cls, content: object, source: str) -> DispatchTable:

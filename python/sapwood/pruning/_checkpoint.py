@@ -10,16 +10,14 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sapwood._files import atomic_write_bytes
+from sapwood._files import atomic_write_bytes, read_tensors
 
 __all__ = ["read", "write"]
 
@@ -49,10 +47,8 @@ def read(path: str | os.PathLike[str], where: str) -> tuple[Manifest, Tensors]:
     """
     try:
         # the file is read whole before anything is verified, so that it cannot change in between
-        with safe_open(Path(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, RuntimeError, UnicodeDecodeError) as error:
+        metadata, tensors = read_tensors(path)
+    except ValueError as error:
         raise ValueError(f"{where}: {path} must be an intact checkpoint: {error}") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(
@@ -62,7 +58,12 @@ def read(path: str | os.PathLike[str], where: str) -> tuple[Manifest, Tensors]:
     text = metadata.get("manifest", "")
     if metadata.get("digest") != _digest(text, tensors):
         raise ValueError(f"{where}: {path} must be an intact checkpoint, got another digest")
-    manifest: Manifest = json.loads(text)
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {path} must be an intact checkpoint: {error}") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{where}: {path} must be an intact checkpoint, got no manifest")
     return manifest, tensors
 
 

@@ -178,7 +178,7 @@ def read(path: str | os.PathLike[str], where: str, schedule: Schedule | None = N
     content = Path(path).read_bytes()
     try:
         return restore(decode(content), schedule)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{where}: {path} must be an intact pruner file: {error}") from None
 
 

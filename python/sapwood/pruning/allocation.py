@@ -200,13 +200,13 @@ class LayerPlan(dict[str, float]):
         where = f"sapwood.pruning.LayerPlan.load: {path} must be a plan of {_PLAN_FORMAT}"
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            if not isinstance(content, dict) or content.get("format") != _PLAN_FORMAT:
+                raise ValueError("another format")
+            if not isinstance(content.get("sparsity"), dict):
+                raise ValueError("no sparsity object")
+            return cls(content["sparsity"])
+        except (ValueError, RecursionError) as error:  # too deep to be read or shown
             raise ValueError(f"{where}, got {error}") from None
-        if not isinstance(content, dict) or content.get("format") != _PLAN_FORMAT:
-            raise ValueError(f"{where}, got another format")
-        if not isinstance(content.get("sparsity"), dict):
-            raise ValueError(f"{where}, got no sparsity object")
-        return cls(content["sparsity"])
 
 
 def planned_zeros(

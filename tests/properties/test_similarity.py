@@ -13,14 +13,13 @@ from torch import Tensor
 
 from sapwood import ops
 from sapwood.reference import similarity as reference
-from tests.check_op import layouts_of
+from tests.properties.strategies import DTYPES, laid_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:sapwood.*rows hold NaN:RuntimeWarning")
 
 SPECIAL = (0.0, -0.0, 1.0, 1e-40, 1e4, torch.inf, -torch.inf, torch.nan)
 SCALES = (1e-30, 1e-4, 1.0, 3e4, 1e30)  # of all entries, for kinds that do not depend on it
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "gaps", "offset", "transposed")
+LAYOUTS = ("contiguous", "sliced", "offset", "transposed")
 BAND = 1e-12  # of the size of a pair: what float64 itself cannot tell
 
 
@@ -36,10 +35,8 @@ class Case:
     layout: str
 
     def laid_out(self) -> tuple[Tensor, Tensor | None]:
-        def other(t: Tensor) -> Tensor:
-            return t if self.layout == "contiguous" else layouts_of(t)[self.layout]
-
-        return other(self.x), None if self.y is None else other(self.y)
+        y = None if self.y is None else laid_out(self.y, self.layout)
+        return laid_out(self.x, self.layout), y
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """(N, M) similarities in float64, and how far they may be from the truth."""

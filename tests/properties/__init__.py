@@ -1,0 +1,1 @@
+"""What holds for any shape, layout and type, for every op of the schema."""

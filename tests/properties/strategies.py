@@ -1,0 +1,98 @@
+"""Arguments of ops as hypothesis draws them: sizes, types, layouts, values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.check_op import OpBattery
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "contiguous", "transposed", "sliced", "expanded", "offset", "reordered")
+SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33)  # around the widths of vectors and tiles
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """The tensor under other strides; expanded, it repeats its first slice: other values.
+
+    - transposed: the last two dimensions change places in memory;
+    - sliced: every second element of every dimension of a larger tensor;
+    - expanded: the first dimension has stride 0;
+    - offset: one element after the beginning of its memory, and so not aligned;
+    - reordered: the dimensions lie in reverse order in memory, for images channels last.
+    """
+    if layout == "expanded" and t.dim() and t.shape[0]:
+        return t[:1].expand(t.shape)
+    if layout == "transposed" and t.dim() >= 2:
+        return t.mT.contiguous().mT
+    if layout == "sliced":
+        wide = torch.zeros([2 * size + 1 for size in t.shape], dtype=t.dtype)
+        found = wide[tuple(slice(1, None, 2) for _ in t.shape)]
+        return found.copy_(t)
+    if layout == "offset":
+        return torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
+    if layout == "reordered" and t.dim() == 4:
+        return t.contiguous(memory_format=torch.channels_last)
+    if layout == "reordered":
+        backwards = list(range(t.dim()))[::-1]
+        return t.permute(backwards).contiguous().permute(backwards)
+    return t
+
+
+class Source:
+    """One example: everything random of it comes from here."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        self._draw = draw
+        self.dtype: torch.dtype = draw(st.sampled_from(DTYPES))
+        self.generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def pick(self, values: Sequence[Any]) -> Any:
+        """One of the values."""
+        return self._draw(st.sampled_from(values))
+
+    def flag(self) -> bool:
+        return bool(self.pick((False, True)))
+
+    def size(self, low: int = 0, high: int = 33) -> int:
+        """A size within the bounds."""
+        return int(self.pick([s for s in SIZES if low <= s <= high]))
+
+    def normal(self, *shape: int) -> Tensor:
+        """Normal numbers of the example's type, in any layout."""
+        t = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+        return laid_out(t, self.pick(LAYOUTS))
+
+    def mask(self, *shape: int) -> Tensor:
+        """Bools of any density, none and all among them, in any layout."""
+        density = self.pick((0.0, 0.1, 0.5, 0.9, 1.1))
+        t = torch.rand(shape, generator=self.generator) < density
+        return laid_out(t, self.pick(LAYOUTS))
+
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Property:
+    """An op, how its arguments are drawn, and what judges its results.
+
+    ``battery`` compares with the float64 reference, within the bounds that it states; ``check``
+    takes its place where a result is right or wrong only away from a threshold.
+    """
+
+    battery: type[OpBattery]
+    arguments: Callable[[Source], Arguments]
+    check: Callable[[Arguments], None] | None = None
+
+
+@st.composite
+def examples(draw: st.DrawFn, make: Callable[[Source], Arguments]) -> tuple[Arguments, torch.dtype]:
+    """Arguments of one call, and the type of their floating tensors."""
+    source = Source(draw)
+    return make(source), source.dtype
