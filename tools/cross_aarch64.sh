@@ -110,9 +110,9 @@ smoke() {
   if [ ! -f "$work/site/complete" ]; then
     $pip install --quiet uv # pip would judge the conditions of dependencies by this machine
     rm -rf "$work/site"
-    uv pip install --quiet --target "$work/site" --python-platform aarch64-manylinux_2_28 \
-      --python-version "${python#python}" --only-binary :all: "$oldest" numpy safetensors rich \
-      typer pytest pytest-timeout
+    UV_SYSTEM_CERTS=true uv pip install --quiet --target "$work/site" --only-binary :all: \
+      --python-platform aarch64-manylinux_2_28 --python-version "${python#python}" \
+      "$oldest" numpy safetensors rich typer pytest pytest-timeout
     touch "$work/site/complete"
   fi
   rm -rf "$work/installed" && python -m zipfile -e "$1" "$work/installed"
