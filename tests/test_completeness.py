@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc" / "schema.cpp").read_text())
 DECLARED = _register.declared()
 NAMES = sorted({spec.family for spec in DECLARED.values()})
+WHEEL_TESTS = ("test_forward", "test_gradients_in_float32")
 
 
 def ops_of(family: str) -> set[str]:
@@ -46,13 +47,15 @@ def test_reference(op: str) -> None:
 
 @pytest.mark.parametrize("family", NAMES)
 def test_samples(family: str) -> None:
-    """Each op has a battery with samples in the family's test file."""
+    """Each op has a battery with samples in the family's test file, which also tests the wheels."""
     module = importlib.import_module(f"tests.test_{family}")
     batteries = [
         c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, OpBattery)
     ]
     covered = {b.name for b in batteries if len(getattr(b, "samples", ())) > 0}
     assert ops_of(family) - covered == set()
+    tests = [getattr(b, name, None) for b in batteries for name in WHEEL_TESTS]
+    assert all("smoke" in {m.name for m in test.pytestmark} for test in tests if test)
 
 
 class Recorder(TorchDispatchMode):

@@ -260,6 +260,7 @@ def chain(size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 class WideBattery(OpBattery):
     """States are float64 whatever the input."""
 
+    @pytest.mark.smoke
     @pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
     def test_forward(self, sample: Sample, dtype: torch.dtype) -> None:
         args = cast(sample.args, dtype)

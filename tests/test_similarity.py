@@ -84,6 +84,7 @@ class SelectionBattery(OpBattery):
 
     kind_at: int
 
+    @pytest.mark.smoke
     @pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
     def test_forward(self, sample: Sample, dtype: torch.dtype) -> None:
         args = cast(sample.args, dtype)

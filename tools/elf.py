@@ -15,10 +15,15 @@ from elftools.elf.sections import SymbolTableSection
 class Library:
     """The dynamic section and the dynamic symbols of one ELF file."""
 
+    machine: str  # "x86_64", "aarch64": the last part of a wheel's platform tag
     needed: tuple[str, ...]
     run_paths: tuple[str, ...]  # RPATH and RUNPATH
     undefined: frozenset[str]
     defined: frozenset[str]
+
+
+#: ELF's names of machines, where the tags of wheels use another one.
+MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 
 
 def read(source: Path | bytes) -> Library:
@@ -32,6 +37,7 @@ def read(source: Path | bytes) -> Library:
     tags = list(dynamic.iter_tags())
     names = [(s.name.split("@")[0], s["st_shndx"] == "SHN_UNDEF") for s in symbols.iter_symbols()]
     return Library(
+        machine=MACHINES.get(elf["e_machine"], elf["e_machine"]),
         needed=tuple(t.needed for t in tags if t.entry.d_tag == "DT_NEEDED"),
         run_paths=tuple(
             t.rpath if t.entry.d_tag == "DT_RPATH" else t.runpath

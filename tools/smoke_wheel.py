@@ -3,54 +3,53 @@
     python tools/smoke_wheel.py dist/*.whl --python ENV1/bin/python --python ENV2/bin/python
 
 The wheel is unpacked into a temporary folder and the environments stay as they are. Each must have
-torch, numpy and safetensors, and no editable sapwood, which would be imported in its place.
+torch, numpy, safetensors, rich and typer, and no editable sapwood. Among several wheels the one for
+this machine is taken. With --tests the smoke tests run too, and need pytest and pytest-timeout.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-SMOKE = """
-import torch
-import sapwood
+TOOLS = Path(__file__).resolve().parent
 
-torch.manual_seed(0)
-x, w, bias = torch.randn(16, 96), torch.randn(48, 96, requires_grad=True), torch.randn(48)
-mask = torch.rand(48, 96) > 0.8
-dense = torch.nn.functional.linear(x, torch.where(mask, w, 0), bias)
-y = sapwood.ops.masked_matmul(x, w, mask, bias)
-torch.testing.assert_close(y, dense)
-grad, = torch.autograd.grad(y.square().sum(), w)
-expected, = torch.autograd.grad(dense.square().sum(), w)
-torch.testing.assert_close(grad, expected)
-for format in ("dense", "bitmap", "csr", "sell"):
-    packed = sapwood.ops.pack_sparse(w.detach(), mask, format=format)
-    torch.testing.assert_close(sapwood.ops.packed_linear(x, packed, bias), dense.detach())
-    assert torch.equal(sapwood.ops.unpack(packed), torch.where(mask, w.detach(), 0))
-print("ok: torch", torch.__version__, "built with", sapwood._native.build_report()["torch_headers"])
-"""
+
+def wheel_for(machine: str, wheels: list[Path]) -> Path:
+    """The only wheel whose platform is this machine's."""
+    fitting = [wheel for wheel in wheels if wheel.stem.endswith(f"_{machine}")]
+    if len(fitting) != 1:
+        names = ", ".join(wheel.name for wheel in fitting) or "none"
+        raise SystemExit(f"smoke_wheel: one wheel must be for {machine}, got {names}")
+    return fitting[0]
 
 
 def main() -> int:
-    """Prints one line per environment."""
+    """Prints a line per family for each environment."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("wheel", type=Path)
+    parser.add_argument("wheels", type=Path, nargs="+")
     parser.add_argument("--python", type=Path, action="append", required=True)
+    parser.add_argument("--tests", action="store_true", help="run the smoke tests as well")
     arguments = parser.parse_args()
-    failed = 0
+    wheel = wheel_for(platform.machine(), arguments.wheels)
+    failed = False
     with tempfile.TemporaryDirectory() as folder:
-        zipfile.ZipFile(arguments.wheel).extractall(folder)
+        zipfile.ZipFile(wheel).extractall(folder)
         environment = {**os.environ, "PYTHONPATH": folder, "SAPWOOD_DISPATCH": "builtin"}
+        checks = [[str(TOOLS / "smoke_checks.py"), "--installed-in", folder]]
+        if arguments.tests:
+            checks.append([str(TOOLS / "check_installed.py"), "-q"])
         for python in arguments.python:
-            command = [str(python), "-c", SMOKE]
-            failed |= subprocess.run(command, cwd=folder, env=environment).returncode
-    return int(failed != 0)
+            for check in checks:
+                command = [str(python), *check]
+                failed |= subprocess.run(command, env=environment, check=False).returncode != 0
+    return int(failed)
 
 
 if __name__ == "__main__":

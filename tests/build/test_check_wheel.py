@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 import subprocess
 import zipfile
 from pathlib import Path
@@ -34,16 +35,46 @@ def contents(compiled: bytes) -> dict[str, bytes]:
     return {name: compiled if name.endswith(".so") else b"" for name in names}
 
 
-def faults(folder: Path, contents: dict[str, bytes]) -> list[str]:
-    path = folder / "sapwood-0.1.0-cp311-cp311-linux_x86_64.whl"
+HERE = f"manylinux_2_34_{platform.machine()}"
+
+
+def faults(
+    folder: Path, contents: dict[str, bytes], tag: str = HERE, native: bool = True
+) -> list[str]:
+    path = folder / f"sapwood-0.1.0-cp311-cp311-{tag}.whl"
     with zipfile.ZipFile(path, "w") as wheel:
         for name, data in contents.items():
             wheel.writestr(name, data)
-    return list(check_wheel.wheel_faults(path, frozenset({"aoti_torch_zero_"})))
+    return list(check_wheel.wheel_faults(path, frozenset({"aoti_torch_zero_"}), native))
 
 
-def test_a_good_wheel_has_no_fault(tmp_path: Path, contents: dict[str, bytes]) -> None:
-    assert faults(tmp_path, contents) == []
+@pytest.mark.parametrize(
+    "tag", [HERE, f"manylinux_2_28_{platform.machine()}.linux_{platform.machine()}"]
+)
+def test_a_good_wheel_has_no_fault(tag: str, tmp_path: Path, contents: dict[str, bytes]) -> None:
+    assert faults(tmp_path, contents, tag) == []
+
+
+def test_a_wheel_without_native_says_so(tmp_path: Path, contents: dict[str, bytes]) -> None:
+    del contents[NATIVE]
+    assert faults(tmp_path, contents, native=False) == []
+    assert faults(tmp_path, contents) == ["sapwood/_native is missing"]
+
+
+@pytest.mark.parametrize("tag", ["linux_x86_64", "manylinux_2_39_x86_64", "musllinux_1_2_x86_64"])
+def test_platform(tag: str, tmp_path: Path, contents: dict[str, bytes]) -> None:
+    found = faults(tmp_path, contents, tag)
+    assert f"the platform must be manylinux_2_34 or older, got sapwood-0.1.0-cp311-cp311-{tag}" in (
+        found
+    )
+
+
+def test_library_of_another_machine(tmp_path: Path, contents: dict[str, bytes]) -> None:
+    other = {"x86_64": "aarch64", "aarch64": "x86_64"}[platform.machine()]
+    assert faults(tmp_path, contents, f"manylinux_2_34_{other}") == [
+        f"sapwood/_ops.so is for {platform.machine()}, the wheel for {other}",
+        f"{NATIVE} is for {platform.machine()}, the wheel for {other}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +106,12 @@ def test_size(tmp_path: Path, contents: dict[str, bytes], monkeypatch: pytest.Mo
 
 
 def library(**changes: object) -> elf.Library:
-    fields = {"needed": ("libc.so.6",), "run_paths": (), "undefined": frozenset()} | changes
+    fields = {
+        "machine": "x86_64",
+        "needed": ("libc.so.6",),
+        "run_paths": (),
+        "undefined": frozenset(),
+    } | changes
     return elf.Library(defined=frozenset(), **fields)  # type: ignore[arg-type]
 
 
