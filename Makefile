@@ -55,7 +55,8 @@ docs: build  ## documentation site in docs/_build/html, warnings are errors
 
 wheel: build  ## manylinux wheel in dist/, checked
 	rm -rf build/wheel && mkdir -p build/wheel dist
-	$(BIN)/python -m pip wheel --quiet --no-deps -w build/wheel .
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -C build-dir=build/dev \
+	  -w build/wheel .
 	$(BIN)/auditwheel repair -w dist build/wheel/*.whl --exclude libtorch_cpu.so \
 	  --exclude libc10.so --exclude 'libgomp*' --exclude libcuda.so.1
 	$(BIN)/python tools/check_wheel.py \
@@ -76,6 +77,7 @@ lint: $(STAMPS)/dev  ## ruff, mypy --strict, clang-format, widths of indices
 	$(BIN)/ruff check . tests/build
 	$(BIN)/ruff format --check . tests/build
 	$(BIN)/mypy
+	$(BIN)/mypy bench examples tools
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/python tools/check_index_width.py
 

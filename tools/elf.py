@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
@@ -34,7 +35,7 @@ def read(source: Path | bytes) -> Library:
     symbols = elf.get_section_by_name(".dynsym")
     if not isinstance(dynamic, DynamicSection) or not isinstance(symbols, SymbolTableSection):
         raise ValueError("not a shared library: it has no dynamic section")
-    tags = list(dynamic.iter_tags())
+    tags: list[Any] = list(dynamic.iter_tags())  # their attributes are named after their kind
     names = [(s.name.split("@")[0], s["st_shndx"] == "SHN_UNDEF") for s in symbols.iter_symbols()]
     return Library(
         machine=MACHINES.get(elf["e_machine"], elf["e_machine"]),

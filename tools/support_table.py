@@ -35,9 +35,9 @@ HEAD = """# What each op supports
 
 Made by `tools/support_table.py` from a run of the tests, and compared with every run: a mark means
 that the op's battery (`tests/check_op.py`) has the test and passed it on the CPU. Ops without
-gradients (packing, lists, arg-max) or whose output sizes depend on values lack the marks that need them; what a
-family offers beyond its raw ops stands on its page, and what ran on GPUs in [GPU
-status](gpu-status.md).
+gradients (packing, lists, arg-max) or whose output sizes depend on values lack the marks that need
+them; what a family offers beyond its raw ops stands on its page, and what ran on GPUs in
+[GPU status](gpu-status.md).
 """
 
 Results = dict[str, dict[str, list[bool]]]  # op -> test -> passed, for every case
