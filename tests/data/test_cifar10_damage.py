@@ -284,6 +284,7 @@ def image_bytes(size: tuple[int, int], mode: str, kind: str) -> bytes:
         ("/train/cat/0000.jpg", b"", "must hold nothing but"),
         ("train/cat/0000.png", b"", "must hold nothing but"),
         ("readme.txt", b"", "must hold nothing but"),
+        ("", b"", "must hold nothing but"),
     ],
 )
 def test_members_out_of_place(

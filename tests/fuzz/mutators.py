@@ -6,43 +6,16 @@ time it ignores what it knows: headers, lengths and checksums are then wrong as 
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import pickletools
 import struct
-import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
+from tests.fuzz.archives import PNG, edit_gzip, edit_pickle, edit_png, edit_zip
+from tests.fuzz.blind import NUMBERS, blind
+
 LENGTH = struct.Struct("<Q")  # of a safetensors header
-PNG = b"\x89PNG\r\n\x1a\n"
-NUMBERS: tuple[Any, ...] = (
-    *(
-        0,
-        1,
-        -1,
-        2,
-        7,
-        8,
-        9,
-        127,
-        128,
-        255,
-        256,
-        65535,
-        65536,
-        2**27,
-        2**31 - 1,
-        2**31,
-        2**32 - 1,
-        2**32,
-    ),
-    *(2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**400),
-)
 VALUES: tuple[Any, ...] = (
     *NUMBERS,
     *(None, True, False, "", "x", "0", "\0", "../x", "a" * 300, "\ud800", "type", "bias", "F64"),
@@ -85,74 +58,6 @@ def _of_format(content: bytes) -> Damage:
     if content[8:9] == b"{":
         return edit_safetensors
     return blind
-
-
-# blind ------------------------------------------------------------------------------------------
-
-
-def blind(content: bytes, random: Random, others: Sequence[bytes] = ()) -> bytes:
-    """Bits, bytes, integers, blocks; cut, grown, or spliced with another file."""
-    action = random.choice(
-        (_flip, _flip, _byte, _integer, _integer, _remove, _insert, _repeat, _cut, _grow)
-    )
-    if others and random.random() < 0.1:
-        other = random.choice(others)
-        return content[: _place(content, random)] + other[_place(other, random) :]
-    return action(content, random)
-
-
-def _place(content: bytes, random: Random) -> int:
-    """Anywhere; often near an end, where headers and directories are."""
-    size = len(content)
-    kind = random.random()
-    if kind < 0.3:
-        return random.randint(0, min(size, 64))
-    if kind < 0.5:
-        return size - random.randint(0, min(size, 64))
-    return random.randint(0, size)
-
-
-def _flip(content: bytes, random: Random) -> bytes:
-    at = _place(content, random)
-    if at == len(content):
-        return content + b"\0"
-    return content[:at] + bytes([content[at] ^ (1 << random.randrange(8))]) + content[at + 1 :]
-
-
-def _byte(content: bytes, random: Random) -> bytes:
-    at = _place(content, random)
-    return content[:at] + bytes([random.choice((0, 1, 127, 128, 255, 34))]) + content[at + 1 :]
-
-
-def _integer(content: bytes, random: Random) -> bytes:
-    at, width = _place(content, random), random.choice((2, 4, 8))
-    value = random.choice(NUMBERS) % (1 << 8 * width)
-    order = "little" if random.random() < 0.5 else "big"
-    return content[:at] + value.to_bytes(width, order) + content[at + width :]  # type: ignore[arg-type]
-
-
-def _remove(content: bytes, random: Random) -> bytes:
-    at = _place(content, random)
-    return content[:at] + content[at + random.randint(1, 40) :]
-
-
-def _insert(content: bytes, random: Random) -> bytes:
-    at = _place(content, random)
-    return content[:at] + random.randbytes(random.randint(1, 12)) + content[at:]
-
-
-def _repeat(content: bytes, random: Random) -> bytes:
-    at = _place(content, random)
-    block = content[at : at + random.randint(1, 80)]
-    return content[:at] + block * random.randint(2, 4) + content[at + len(block) :]
-
-
-def _cut(content: bytes, random: Random) -> bytes:
-    return content[: _place(content, random)]
-
-
-def _grow(content: bytes, random: Random) -> bytes:
-    return content + bytes(random.choice((1, 3, 8, 4096)))
 
 
 # JSON -------------------------------------------------------------------------------------------
@@ -282,130 +187,3 @@ def repaired(content: bytes, repair: Repair) -> bytes:
         return joined(header, data)
     except Exception:  # the code under test computes the checksum, and fails on what is damaged
         return content
-
-
-# zip, gzip, PNG, pickle -------------------------------------------------------------------------
-
-
-def edit_zip(content: bytes, random: Random, others: Sequence[bytes] = ()) -> bytes:
-    """Members renamed, doubled, left out, damaged, enormous or packed otherwise."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    at = random.randrange(len(members))
-    name, payload = members[at]
-    kind, packing = random.randrange(7), zipfile.ZIP_STORED
-    if kind == 0:
-        members[at] = (random.choice(("", "/", "../x", "train/a/b.jpg", name + "\0", "é")), payload)
-    elif kind == 1:
-        members.append(members[at])
-    elif kind == 2:
-        del members[at]
-    elif kind == 3:
-        members[at] = (name, blind(payload, random, others))
-    elif kind == 4:
-        members[at], packing = (
-            (name, bytes(random.choice((1 << 16, 1 << 20)))),
-            zipfile.ZIP_DEFLATED,
-        )
-    elif kind == 5:
-        packing = random.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
-    else:
-        return _zip_field(content, random)
-    target = io.BytesIO()
-    with warnings.catch_warnings(), zipfile.ZipFile(target, "w", packing) as archive:
-        warnings.simplefilter("ignore")  # of names that stand twice
-        archive.comment = random.choice((b"", b"", b"PK\5\6"))
-        for name, payload in members:
-            info = zipfile.ZipInfo(name)
-            info.compress_type = packing
-            archive.writestr(info, payload)
-    return target.getvalue()
-
-
-def _zip_field(content: bytes, random: Random) -> bytes:
-    """A field of a header, found by its signature."""
-    signature = random.choice((b"PK\1\2", b"PK\3\4", b"PK\5\6"))
-    places = []
-    at = content.find(signature)
-    while at >= 0:
-        places.append(at)
-        at = content.find(signature, at + 4)
-    at = random.choice(places) + 4 + 2 * random.randrange(21)
-    width = random.choice((2, 4))
-    value = random.choice(NUMBERS) % (1 << 8 * width)
-    return content[:at] + value.to_bytes(width, "little") + content[at + width :]
-
-
-def edit_gzip(content: bytes, random: Random, others: Sequence[bytes] = ()) -> bytes:
-    """What is packed is damaged, and packed again."""
-    plain = gzip.decompress(content)
-    if random.random() < 0.1:
-        return content + content  # two members
-    return gzip.compress(blind(plain, random, others), 1, mtime=0)
-
-
-def edit_png(content: bytes, random: Random, others: Sequence[bytes] = ()) -> bytes:
-    """One chunk damaged, doubled or left out, its checksum right."""
-    chunks = _png_chunks(content)
-    at = random.randrange(len(chunks))
-    name, payload = chunks[at]
-    kind = random.randrange(6)
-    if kind < 3:
-        chunks[at] = (name, blind(payload, random, others))
-    elif kind == 3:
-        chunks.insert(at, chunks[at])
-    elif kind == 4:
-        del chunks[at]
-    else:
-        name = random.choice((b"PLTE", b"tRNS", b"iCCP", b"zTXt", b"eXIf", b"acTL", b"fdAT"))
-        chunks.insert(at, (name, random.randbytes(random.randint(0, 40))))
-    body = (
-        struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
-        for tag, data in chunks
-    )
-    return PNG + b"".join(body)
-
-
-def _png_chunks(content: bytes) -> list[tuple[bytes, bytes]]:
-    chunks, at = [], 8
-    while at + 12 <= len(content):
-        (size,) = struct.unpack(">I", content[at : at + 4])
-        chunks.append((content[at + 4 : at + 8], content[at + 8 : at + 8 + size]))
-        at += 12 + size
-    if not chunks:
-        raise ValueError("no chunk")
-    return chunks
-
-
-def edit_pickle(content: bytes, random: Random, others: Sequence[bytes] = ()) -> bytes:
-    """Opcodes left out, doubled, exchanged, or new."""
-    del others
-    starts = [at for _, _, at in pickletools.genops(content) if at is not None]
-    ops = [content[a:b] for a, b in zip(starts, [*starts[1:], len(content)], strict=True)]
-    at, other = random.randrange(len(ops)), random.randrange(len(ops))
-    kind = random.randrange(5)
-    if kind == 0:
-        del ops[at]
-    elif kind == 1:
-        ops.insert(at, ops[other])
-    elif kind == 2:
-        ops[at], ops[other] = ops[other], ops[at]
-    elif kind == 3:
-        new = (
-            b"R",
-            b"b",
-            b"(",
-            b"t",
-            b"0",
-            b"2",
-            b"cos\nsystem\n",
-            b"\x93",
-            b"\x81",
-            b"N",
-            b"}",
-            b"]",
-        )
-        ops.insert(at, random.choice(new))
-    else:
-        ops[at] = blind(ops[at], random)
-    return b"".join(ops)

@@ -88,7 +88,14 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--reader", choices=list(READERS), nargs="+", default=list(READERS), help="which (all)")
+    add(
+        "--reader",
+        choices=list(READERS),
+        nargs="+",
+        default=list(READERS),
+        metavar="NAME",
+        help=f"which (all): {', '.join(READERS)}",
+    )
     add("--executions", type=int, default=10_000, help="files per reader (10000)")
     add("--seed", type=int, default=0, help="of the mutations (0)")
     add("--keep", type=Path, default=Path("build/fuzz"), help="folder of findings (build/fuzz)")
