@@ -91,9 +91,10 @@ sanitizer: $(STAMPS)/torch  ## the C++ tests under PRESET=asan or PRESET=tsan
 	cmake --build --preset $(PRESET)
 	ctest --test-dir build/$(PRESET) -j $(JOBS) --output-on-failure --timeout 600
 
-# ASan must be the first library of a process; what Python and torch leave allocated is not ours.
-ASAN = LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+# ASan must be the first library of a process, with the C++ library whose throw it replaces; what
+# Python and torch leave allocated is not ours.
+ASAN = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 SUITE ?= tests
 suite: build  ## the Python tests of SUITE with the kernels under AddressSanitizer
 	$(CMAKE) --preset asan
