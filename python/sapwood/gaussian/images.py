@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,10 +133,11 @@ def _read(path: str, owner: str) -> Tensor:
     from PIL import ImageOps
 
     image = f"sapwood.{owner}: image must be"
+    content = io.BytesIO(Path(path).read_bytes())  # errors from here on are those of its content
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow about sizes: the limit here is lower
-            with pillow.open(path, formats=_FORMATS) as opened:
+            with pillow.open(content, formats=_FORMATS) as opened:
                 if opened.width * opened.height > _MOST_PIXELS:
                     raise ValueError(f"{opened.width} x {opened.height} pixels")
                 picture = ImageOps.exif_transpose(opened)  # the way up that the camera noted
@@ -143,8 +145,6 @@ def _read(path: str, owner: str) -> Tensor:
     except (pillow.UnidentifiedImageError, pillow.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"{image} an image file, got {path!r} ({type(error).__name__})") from None
     except OSError as error:
-        if error.errno is not None:  # missing, a folder, not readable
-            raise
         raise ValueError(f"{image} an undamaged file, got {path!r} ({error})") from None
     except Exception as error:  # damaged files make Pillow raise errors of any kind
         reason = str(error) or type(error).__name__
