@@ -19,24 +19,35 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "support.md"
 #: Title of a column -> the tests of the battery that must have passed.
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "four dtypes": ("test_forward",),
-    "any strides": ("test_layouts",),
-    "same on 1 to 7 threads": ("test_deterministic", "test_called_from_many_threads"),
+    "types": ("test_forward",),
+    "strides": ("test_layouts",),
+    "threads": ("test_deterministic", "test_called_from_many_threads"),
     "opcheck": ("test_opcheck",),
-    "meta": ("test_meta",),
-    "compile": ("test_compile", "test_inductor"),
+    "compile": ("test_meta", "test_compile", "test_inductor"),
     "export": ("test_export",),
     "vmap": ("test_vmap",),
-    "gradient": ("test_gradcheck", "test_gradients_in_float32"),
-    "second derivative": ("test_gradgradcheck",),
-    "torch.func": ("test_func_transforms", "test_nested_vmap"),
+    "grad": ("test_gradcheck", "test_gradients_in_float32"),
+    "grad²": ("test_gradgradcheck",),
+    "func": ("test_func_transforms", "test_nested_vmap"),
 }
 HEAD = """# What each op supports
 
 Made by `tools/support_table.py` from a run of the tests, and compared with every run: a mark means
-that the op's battery (`tests/check_op.py`) has the test and passed it on the CPU. Ops without
-gradients (packing, lists, arg-max) or whose output sizes depend on values lack the marks that need
-them; what a family offers beyond its raw ops stands on its page, and what ran on GPUs in
+that the op's battery (`tests/check_op.py`) has the tests and passed all of them on the CPU.
+
+- types: float32, float64, bfloat16 and float16 within the bound of the family's page;
+- strides: transposed, with gaps, at any offset;
+- threads: the same on 1 to 7 of them, and called from 16 at once;
+- opcheck: `torch.library.opcheck` with all its utilities;
+- compile: `torch.compile(fullgraph=True)` with and without inductor, dynamic sizes, meta tensors;
+- export: `torch.export`;
+- vmap: over any argument that may have a batch;
+- grad, grad²: first and second derivatives, by `gradcheck` and `gradgradcheck`;
+- func: `torch.func.grad`, `vmap(grad)`, `jacrev(jacrev)`, nested `vmap`.
+
+Ops without gradients (packing, lists, arg-max) or whose output sizes depend on values lack the
+marks that need them; what a family offers beyond its raw ops stands on its page, and what ran on
+GPUs in
 [GPU status](gpu-status.md).
 """
 
@@ -74,7 +85,7 @@ def page(found: Results, families: dict[str, str]) -> str:
 
 
 def _mark(passed: dict[str, list[bool]], tests: tuple[str, ...]) -> str:
-    return "yes" if all(passed.get(test) and all(passed[test]) for test in tests) else "-"
+    return "✓" if all(passed.get(test) and all(passed[test]) for test in tests) else "-"
 
 
 def main() -> int:

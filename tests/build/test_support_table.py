@@ -32,13 +32,13 @@ def rows(path: Path) -> list[str]:
 
 
 def test_a_mark_for_every_test_that_passed(tmp_path: Path) -> None:
-    assert rows(report(tmp_path)) == ["| `splat2d` |" + " yes |" * len(support_table.COLUMNS)]
+    assert rows(report(tmp_path)) == ["| `splat2d` |" + " ✓ |" * len(support_table.COLUMNS)]
 
 
 def test_no_mark_where_one_case_failed(tmp_path: Path) -> None:
     (row,) = rows(report(tmp_path, failing="test_inductor"))
-    assert row.count(" yes |") == len(support_table.COLUMNS) - 1
-    assert row.split("|")[7].strip() == "-"
+    assert row.count(" ✓ |") == len(support_table.COLUMNS) - 1
+    assert row.split("|")[6].strip() == "-"
 
 
 def test_another_page_is_refused(
@@ -52,7 +52,7 @@ def test_another_page_is_refused(
     assert support_table.main() == 0
     monkeypatch.setattr("sys.argv", ["support_table", path, "--check"])
     assert support_table.main() == 0
-    page.write_text(page.read_text().replace(" yes |", " - |", 1))
+    page.write_text(page.read_text().replace(" ✓ |", " - |", 1))
     assert support_table.main() == 1
     assert "not what the tests show" in capsys.readouterr().out
 
