@@ -47,8 +47,7 @@ that the op's battery (`tests/check_op.py`) has the tests and passed all of them
 
 Ops without gradients (packing, lists, arg-max) or whose output sizes depend on values lack the
 marks that need them; what a family offers beyond its raw ops stands on its page, and what ran on
-GPUs in
-[GPU status](gpu-status.md).
+GPUs in [GPU status](gpu-status.md).
 """
 
 Results = dict[str, dict[str, list[bool]]]  # op -> test -> passed, for every case
