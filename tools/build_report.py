@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 SUFFIXES = (".cpp", ".cu", ".c", ".cc")
 
 
@@ -33,7 +34,7 @@ def run(log: Path, command: list[str]) -> int:
     sources = [word for word in command if word.endswith(SUFFIXES)]
     if sources:
         seconds = time.perf_counter() - start
-        line = json.dumps([os.path.relpath(sources[-1]), seconds, usage.ru_maxrss / 1024])
+        line = json.dumps([os.path.relpath(sources[-1], ROOT), seconds, usage.ru_maxrss / 1024])
         with log.open("a") as file:  # one short write: lines of parallel calls do not mix
             file.write(line + "\n")
     return process.returncode

@@ -14,7 +14,7 @@ SCRIPT = build_report.__file__
 
 def run(log: Path, code: str, *sources: str) -> int:
     command = (sys.executable, SCRIPT, "run", str(log), sys.executable, "-c", code, *sources)
-    return subprocess.run(command, check=False, timeout=60).returncode
+    return subprocess.run(command, check=False, timeout=60, cwd=build_report.ROOT).returncode
 
 
 def test_a_unit_has_the_most_that_any_call_needed(
