@@ -91,34 +91,38 @@ sanitizer: $(STAMPS)/torch  ## the C++ tests under PRESET=asan or PRESET=tsan
 	cmake --build --preset $(PRESET)
 	ctest --test-dir build/$(PRESET) -j $(JOBS) --output-on-failure --timeout 600
 
+# The tests that reach the kernels; those of memory beyond 2^31 elements cost too much here.
+KERNEL_TESTS = $(foreach f,copruned_conv logsemiring masked_matmul similarity splat2d, \
+  $(filter-out %_large.py,$(wildcard tests/test_$f*.py))) tests/test_packed_weight.py tests/emulation \
+  tests/properties
+SUITE ?= $(KERNEL_TESTS)
+SUITE_FLAGS = -q -n $(JOBS) -p no:cacheprovider -m "not gpu and not experiment and not slow"
 # ASan must be the first library of a process, with the C++ library whose throw it replaces; what
 # Python and torch leave allocated is not ours.
 ASAN = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-SUITE ?= tests
-suite: build  ## the Python tests of SUITE with the kernels under AddressSanitizer
+suite: build  ## the Python tests of the kernels, or SUITE, under AddressSanitizer
 	$(CMAKE) --preset asan
 	cmake --build --preset asan
 	$(BIN)/python tools/instrumented.py build/asan
-	$(ASAN) OMP_NUM_THREADS=1 build/asan/venv/bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider \
-	  -m "not gpu and not experiment and not slow" \
+	$(ASAN) OMP_NUM_THREADS=1 build/asan/venv/bin/python -m pytest $(SUITE_FLAGS) \
 	  --emulation-library=build/asan/tests/cpp/_ops_emu.so $(SUITE) $(PYTEST_FLAGS)
 
 GCOVR = $(BIN)/gcovr --object-directory build/coverage --gcov-ignore-parse-errors all \
   --exclude-throw-branches --sort uncovered-percent
-coverage: build  ## lines that the tests run: Python, kernels, emulated CUDA
+coverage: build emulation  ## lines that the tests run: of kernels, of emulated CUDA, of Python
 	$(CMAKE) --preset coverage
 	cmake --build --preset coverage
 	$(BIN)/python tools/instrumented.py build/coverage
 	find build/coverage -name '*.gcda' -delete
-	OMP_NUM_THREADS=1 build/coverage/venv/bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider \
-	  -m "not gpu and not experiment" --cov=sapwood --cov-report=html:build/coverage/python \
-	  --cov-report=term:skip-covered --cov-fail-under=95 \
-	  --emulation-library=build/coverage/tests/cpp/_ops_emu.so \
-	  $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 build/coverage/venv/bin/python -m pytest $(SUITE_FLAGS) \
+	  --emulation-library=build/coverage/tests/cpp/_ops_emu.so $(SUITE) $(PYTEST_FLAGS)
 	ctest --test-dir build/coverage -j $(JOBS) --output-on-failure --timeout 600
 	$(GCOVR) --filter 'csrc/.*\.(cpp|h|inl)$$' --fail-under-line 90
 	$(GCOVR) --filter 'csrc/.*\.cuh?$$' --fail-under-line 95
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu and not experiment" \
+	  --emulation-library=$(EMULATION) --cov=sapwood --cov-report=html:build/coverage/python \
+	  --cov-report=term:skip-covered --cov-fail-under=95 $(PYTEST_FLAGS)
 
 environment: $(STAMPS)/torch
 
