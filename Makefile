@@ -109,7 +109,7 @@ suite: build  ## the Python tests of the kernels, or SUITE, under AddressSanitiz
 	  --emulation-library=build/asan/tests/cpp/_ops_emu.so $(SUITE) $(PYTEST_FLAGS)
 
 GCOVR = $(BIN)/gcovr --object-directory build/coverage --gcov-ignore-parse-errors all \
-  --exclude-throw-branches --sort uncovered-percent
+  --exclude-throw-branches --merge-lines --sort uncovered-percent
 coverage: build emulation  ## lines that the tests run: of kernels, of emulated CUDA, of Python
 	$(CMAKE) --preset coverage
 	cmake --build --preset coverage

@@ -224,6 +224,23 @@ def test_the_low_level_gradient_is_that_of_autograd(mode: str) -> None:
     assert bool((found.abs_mu >= found.mu.abs() - 1e-12).all())
 
 
+def test_gradients_of_an_image_that_no_cache_holds() -> None:
+    """Such an image is read band by band; what lies beyond a corner of it has no slope here."""
+    height, width = 380, 300
+    assert 3 * height * width * 4 > 1 << 20
+    scene = random_scene(2, 40, 3, (height, width), sigma=9.0)
+    mu = scene.mu.clone()
+    mu[:, ::3] -= 60.0  # some beyond the upper border
+    grad = torch.zeros(2, 3, height, width)
+    corner = (slice(None), slice(None), slice(0, 70), slice(0, 90))
+    grad[corner] = torch.randn(2, 3, 70, 90)
+    large = splat2d_backward(grad, mu, scene.chol, scene.feat)
+    small = splat2d_backward(grad[corner].contiguous(), mu, scene.chol, scene.feat)
+    assert any(bool(part.any()) for part in small)
+    for a, b in zip(large, small, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_norm_is_a_weighted_mean() -> None:
     same = torch.full_like(FEAT, 0.75)
     image = splat2d(MU, CHOL, same, SIZE, mode="norm", eps=1e-12)
