@@ -36,7 +36,7 @@ struct Image {
   int64_t tile;
 };
 
-// Ranges of memory that are needed soon; every register tile fetches `lines` of them in passing.
+// Ranges of memory that are needed soon; a register tile fetches `lines` cache lines in passing.
 struct Ahead {
   struct Range {
     const char *at, *end;

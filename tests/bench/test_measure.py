@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,6 +83,32 @@ def test_a_call_settles_before_it_is_timed(clock: Clock) -> None:
     passes.clear()
     assert sampler.sample() == pytest.approx(1e-3)
     assert len(passes) == 6
+
+
+FAULTS = """
+import resource, sys, torch
+from sapwood._measure import hold_memory
+
+held = sys.argv[1] == "hold" and hold_memory()
+for _ in range(16):
+    torch.ones(1 << 24)  # 64 MB, freed at once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(1 << 24)
+print(held, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str) -> tuple[str, int]:
+    command = (sys.executable, "-c", FAULTS, how)
+    held, count = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return held, int(count)
+
+
+def test_held_memory_costs_no_page_faults() -> None:
+    held, count = faults("hold")
+    if held == "True":  # glibc
+        assert count < 100 < faults("let go")[1]
 
 
 def test_machine_name_states_threads_and_no_host() -> None:

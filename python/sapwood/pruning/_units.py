@@ -2,8 +2,9 @@
 
 Every value carries the identities of its units, an integer tensor of its own shape. Operations that
 move values about (reshape, transpose, chunk, cat, ...) are applied to the identities as they are;
-operations that combine values at the same place (add, mul, attention scores) join the identities
-that meet; layers with weights read the identities of their input and give their output new ones.
+operations that combine values at the same place (add, mul) join the identities that meet; in
+attention the units of queries and keys are noted as pairs, by head; layers with weights read the
+identities of their input and give their output new ones.
 An operation that is not known ends the trace of what goes through it, and its units count as
 neither written nor read by more than was seen.
 """
