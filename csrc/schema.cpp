@@ -29,6 +29,8 @@ SAPWOOD_LIBRARY(m) {
   m.def("segment_max(Tensor x, Tensor ptr, Tensor? order) -> (Tensor values, Tensor indices)");
   m.def("log_scan(Tensor t, Tensor init, bool maximum) -> Tensor");
   m.def("log_scan_backward(Tensor grad, Tensor t, Tensor states, bool maximum) -> (Tensor, Tensor)");
+  m.def("log_circuit(Tensor x, Tensor? evidence, Tensor circuit, int[] counts) -> Tensor");
+  m.def("log_circuit_backward(Tensor grad, Tensor x, Tensor? evidence, Tensor circuit, int[] counts) -> Tensor");
   m.def("log_scan_path(Tensor t, Tensor states, Tensor final, int num_samples, int seed, bool maximum) -> Tensor");
 
   // similarity: rows of x against each other, or against rows of y; kind is cosine, correlation, dot or euclidean

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import sapwood.ops  # noqa: F401  declares the ops
+from sapwood.ops import CircuitSum, LogCircuit, Selector
+from tests import log_circuits
 from tests.check_op import (
     FLOATS,
     HALVES,
@@ -330,3 +332,96 @@ class TestLogScanPath(TraceableBattery):
         for maximum in (False, True)
         for i, s in enumerate([(2, 3, 4), (1, 0, 3), (0, 2, 2), (9, 20, 1), (2, 2, 33)])
     )
+
+
+def circuit_args(
+    circuit: LogCircuit, rows: int, blocks: int, seen: Tensor | None, seed: int = 0
+) -> tuple[Any, ...]:
+    """x (m, B, k), evidence, tables and counts."""
+    g = torch.Generator().manual_seed(seed)
+    x = 2 * torch.randn(blocks, rows, circuit.inputs // blocks, generator=g)
+    return x, seen, circuit.tables(x.device), circuit.counts
+
+
+def sums_of(rows: int, digits: int) -> Tensor:
+    """Digits of sums; the last row has none."""
+    numbers = torch.randint(10, (rows, digits + 1), generator=torch.Generator().manual_seed(rows))
+    numbers[:, -1] %= 2
+    numbers[-1:, 0] = 10
+    return numbers
+
+
+def circuit_samples() -> list[tuple[str, tuple[Any, ...]]]:
+    small = LogCircuit(
+        6, [CircuitSum([[(0, 2), (1, 3), (4,)], [()]], [Selector(0, 3, 2)])],
+        [6, 0], heads=[(0, 2), (2, 4)],
+    )  # fmt: skip
+    seen = torch.tensor([[3], [3]])
+    found = [
+        ("main", circuit_args(small, 2, 2, seen)),
+        ("three digits", circuit_args(log_circuits.addition(3), 40, 6, sums_of(40, 3))),
+        ("no rows", circuit_args(log_circuits.addition(1), 0, 2, sums_of(0, 1)[:0])),
+        ("no inputs", circuit_args(LogCircuit(0, [], []), 3, 1, None)),
+    ]
+    for seed, (inputs, sums) in enumerate([(1, 1), (3, 4), (9, 12), (0, 3), (4, 0), (30, 40)]):
+        circuit, columns = log_circuits.anything(seed, inputs, sums)
+        seen = log_circuits.evidence(seed, 3, columns)
+        found.append((f"{inputs} inputs, {sums} sums", circuit_args(circuit, 3, 1, seen, seed)))
+    return found
+
+
+def differentiable(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """x, unless a result is -inf: that has no difference to take."""
+    values = torch.ops.sapwood.log_circuit(*args)
+    return (0,) if bool(values.isfinite().all()) else ()
+
+
+class CircuitBattery(DifferentiableBattery):
+    """Values of all columns bound the error: each is a sum of some of the others."""
+
+    def reduction(self, args: tuple[Any, ...]) -> int:
+        counts = args[-1]
+        return max(8, int(counts[4]) + int(counts[6]))  # sums and terms
+
+
+class TestLogCircuit(LogBattery, CircuitBattery):
+    name = "log_circuit"
+    vmappable = (0,)
+    samples = tuple(
+        Sample(name, args, differentiable(args), MAIN if name == "main" else frozenset())
+        for name, args in circuit_samples()
+    )
+
+
+class TestLogCircuitBackward(CircuitBattery):
+    name = "log_circuit_backward"
+    vmappable = (0, 1)
+    samples = tuple(
+        Sample(
+            name,
+            (normal(args[0].shape[1], args[3][1]), *args),
+            (0, 1) if differentiable(args) else (),
+            MAIN if name == "main" else frozenset(),
+        )  # fmt: skip
+        for name, args in circuit_samples()
+    )
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_opcheck(self, sample: Sample, dtype: torch.dtype) -> None:
+        """Its derivative reads the tables: compiled functions have the first one only."""
+        super().test_opcheck(Sample(sample.id, sample.args), dtype)
+
+    def magnitude(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """Slopes of normalised inputs are differences: their terms are those without heads."""
+        grad, x, evidence, tables, counts = args
+        plain = [*counts[:2], 0, *counts[3:]]
+        heads = tables[counts[1] : counts[1] + 2 * counts[2]].view(-1, 2).tolist()
+        tables = torch.cat([tables[: counts[1]], tables[counts[1] + 2 * counts[2] :]])
+        flat = x.transpose(0, 1).flatten(1).clone()
+        for begin, end in heads:
+            flat[:, begin:end] = flat[:, begin:end].log_softmax(1)
+        slopes = self.reference(grad.abs(), flat.unsqueeze(0), evidence, tables, plain)[0]
+        for begin, end in heads:
+            slopes[:, begin:end] += flat[:, begin:end].exp() * slopes[:, begin:end].sum(1, True)
+        blocks, rows, width = x.shape
+        return (slopes.view(rows, blocks, width).transpose(0, 1),)

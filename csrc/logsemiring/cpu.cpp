@@ -1,5 +1,6 @@
 // The CPU kernels of the family as ops.
 #include "common/registry.h"
+#include "logsemiring/cpu_circuit.h"
 #include "logsemiring/cpu_matmul.h"
 #include "logsemiring/cpu_matmul_backward.h"
 #include "logsemiring/cpu_path.h"
@@ -20,5 +21,7 @@ SAPWOOD_CPU_IMPL(m) {
   m.impl("segment_max", TORCH_BOX(&ops::segment_max));
   m.impl("log_scan", TORCH_BOX(&ops::log_scan));
   m.impl("log_scan_backward", TORCH_BOX(&ops::log_scan_backward));
+  m.impl("log_circuit", TORCH_BOX(&ops::log_circuit));
+  m.impl("log_circuit_backward", TORCH_BOX(&ops::log_circuit_backward));
   m.impl("log_scan_path", TORCH_BOX(&ops::log_scan_path));
 }

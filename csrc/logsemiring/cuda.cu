@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "common/registry.h"
+#include "logsemiring/cuda_circuit.cuh"
 #include "logsemiring/cuda_segment.cuh"
 
 namespace sapwood::logsemiring::device {
@@ -252,5 +253,7 @@ SAPWOOD_CUDA_IMPL(m) {
   m.impl("segment_max", TORCH_BOX(&ops::segment_max));
   m.impl("log_scan", TORCH_BOX(&ops::log_scan));
   m.impl("log_scan_backward", TORCH_BOX(&ops::log_scan_backward));
+  m.impl("log_circuit", TORCH_BOX(&ops::log_circuit));
+  m.impl("log_circuit_backward", TORCH_BOX(&ops::log_circuit_backward));
   m.impl("log_scan_path", TORCH_BOX(&ops::log_scan_path));
 }

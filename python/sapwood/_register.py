@@ -119,7 +119,8 @@ def _differentiable(
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
             return spec.vmap(UnderTransforms.apply, info, in_dims, *args)
 
-    eager: Callable[..., Any] = Eager.apply
+    # What Function.apply does before this is for transforms, which ``call`` has ruled out.
+    eager: Callable[..., Any] = super(torch.autograd.Function, Eager).apply
     under_transforms: Callable[..., Any] = UnderTransforms.apply
 
     def call(*args: Any) -> Any:

@@ -5,7 +5,9 @@
 #include <random>
 #include <vector>
 
+#include "circuit_problem.h"
 #include "logsemiring/kernel.h"
+#include "logsemiring/kernel_circuit.h"
 
 namespace {
 
@@ -108,9 +110,41 @@ void all() {
   exact<T>(9, 35, 70, 1.0, true);
 }
 
+template <class T>
+void circuit() {
+  const CircuitProblem problem;
+  const Circuit c = problem.circuit();
+  require(problem.packs() && circuit_is_sound(c, 1) && !circuit_is_sound(c, 0), "tables", 0);
+  const int64_t longest = longest_list(c);
+  std::vector<double> values(c.n.columns()), slopes(values), terms(longest);
+  std::vector<T> scaled(longest + kStrip<T>);
+  const CircuitWalk<T> walk{values.data(), slopes.data(), terms.data(), scaled.data()};
+  for (const int64_t evidence : {-1, 0, 1}) {
+    std::vector<double> want = normal<double>(c.n.inputs, 2.0, 11), results, grad{0.5, -1.0, 2.0};
+    std::copy(want.begin(), want.end(), values.begin());
+    std::fill(slopes.begin(), slopes.end(), 0.0);
+    problem.solve(want, evidence, grad, results);
+    circuit_row(c, &evidence, walk);
+    std::vector<T> got;
+    for (int64_t r = 0; r < c.n.results; ++r) {
+      got.push_back(static_cast<T>(values[c.results[r]]));
+      slopes[c.results[r]] += grad[r];
+    }
+    check("circuit", got, results);
+    circuit_row_back(c, &evidence, walk);
+    want.resize(c.n.inputs);
+    check("slopes of a circuit", std::vector<T>(slopes.begin(), slopes.begin() + c.n.inputs), want);
+  }
+  const int64_t unknown = 2;
+  circuit_row(c, &unknown, walk);
+  require(values[c.n.inputs] == -kInf<double>, "evidence that is not known", 0);
+}
+
 }  // namespace
 
 int main() {
+  circuit<float>();
+  circuit<double>();
   all<float>();
   all<double>();
   std::printf("ok\n");

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "circuit_problem.h"
+#include "logsemiring/cuda_circuit_kernels.cuh"
 #include "logsemiring/cuda_sequence.cuh"
 
 namespace {
@@ -250,9 +252,41 @@ void check_chain(int64_t batch, int64_t length, int64_t rows, int64_t k, bool ma
   expect(right, name + " path");
 }
 
+// Rows of a circuit, the last of which has evidence that is not known.
+void check_circuit() {
+  const sapwood::logsemiring::CircuitProblem problem;
+  const sapwood::logsemiring::Circuit c = problem.circuit();
+  expect(problem.packs(), "circuit's tables");
+  const int64_t rows = 5, inputs = c.n.inputs, results = c.n.results;
+  const std::vector<float> x = normal(rows * inputs, 9), grad = normal(rows * results, 10);
+  const std::vector<int64_t> evidence{-1, 0, 1, 0, 2};
+  std::vector<double> values(rows * c.n.columns()), slopes(values), tops(rows * c.n.sums);
+  std::vector<double> shares(tops);
+  std::vector<int32_t> lists(tops.size());
+  std::vector<float> out(rows * results), back(rows * inputs);
+  const CircuitInput<float> in{x.data(), 0, inputs, 1, inputs};
+  const CircuitRows given{rows, evidence.data(), 1};
+  const CircuitState there{values.data(), nullptr, nullptr, nullptr, nullptr};
+  SAPWOOD_LAUNCH(circuit_kernel<float>, 2u, kThreads, 0, nullptr, c, in, given, there, out.data());
+  const CircuitState state{values.data(), slopes.data(), tops.data(), shares.data(), lists.data()};
+  SAPWOOD_LAUNCH(circuit_backward_kernel<float>, 2u, kThreads, 0, nullptr, c, in, given, state,
+                 grad.data(), back.data());
+  bool right = true;
+  for (int64_t row = 0; row + 1 < rows; ++row) {
+    std::vector<double> want(x.begin() + row * inputs, x.begin() + (row + 1) * inputs), values_want;
+    problem.solve(want, evidence[row],
+                  {grad.begin() + row * results, grad.begin() + (row + 1) * results}, values_want);
+    for (int64_t r = 0; r < results; ++r) right &= near(out[row * results + r], values_want[r]);
+    for (int64_t i = 0; i < inputs; ++i) right &= near(back[row * inputs + i], want[i]);
+  }
+  right &= out[(rows - 1) * results + 1] == -INFINITY;
+  expect(right, "circuit");
+}
+
 }  // namespace
 
 int main() {
+  check_circuit();
   for (const Product& p : {Product(1, 1, 1, 1), Product(2, 17, 33, 5), Product(1, 20, 3, 40)}) {
     check_values(p);
     check_choices(p);

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sapwood.reference import logsemiring as reference
+from tests import log_circuits
 
 Shape = tuple[int, int, int, int]  # B, M, K, N
 
@@ -296,3 +297,36 @@ def check_repeats(ops: Any, shape: Shape = (1, 17, 33, 16), device: str = "cpu")
     for _ in range(3):
         again = ops.log_matmul_backward(grad, a, b, False, True, True)
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def check_circuits(ops: Any, seed: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Any circuit, with infinities and NaN in one row each; the gradient gathers what is passed on."""
+    circuit, columns = log_circuits.anything(seed, 3 * (seed % 12), 5 * (seed % 9), 40)
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 7, circuit.inputs // 3, generator=g)
+    x[:, 1, ::2], x[0, 2, :1], x[0, 3, :1] = -math.inf, math.nan, math.inf
+    grad = torch.randn(7, circuit.num_results, generator=g).to(device, dtype)
+    x, seen = x.to(device, dtype), log_circuits.evidence(seed, 7, columns).to(device)
+    rest = (seen, circuit.tables(x.device), circuit.counts)
+    got, want = ops.log_circuit(x, *rest), reference.log_circuit(x.double(), *rest)
+    close(got, want)
+    slopes = ops.log_circuit_backward(grad, x, *rest)
+    close(slopes, reference.log_circuit_backward(grad.double(), x.double(), *rest), 5e-5)
+    assert torch.equal(slopes, ops.log_circuit_backward(grad, x, *rest)) or slopes.isnan().any()
+    strided = x.mT.contiguous().mT
+    torch.testing.assert_close(ops.log_circuit(strided, *rest), got, rtol=0, atol=0, equal_nan=True)
+
+
+def check_addition(ops: Any, digits: int, device: str = "cpu") -> None:
+    """A long circuit of few terms, at scales where a product of masses underflows."""
+    circuit = log_circuits.addition(digits)
+    g = torch.Generator().manual_seed(digits)
+    x = 1e4 * torch.randn(2 * digits, 5, 10, generator=g).to(device)
+    seen = torch.randint(10, (5, digits + 1), generator=g)
+    seen[:, -1] %= 2
+    rest = (seen.to(device), circuit.tables(x.device), circuit.counts)
+    got, want = ops.log_circuit(x, *rest), reference.log_circuit(x.double(), *rest)
+    torch.testing.assert_close(got.double(), want, rtol=2**-22, atol=0)
+    grad = torch.ones_like(got)
+    slopes = ops.log_circuit_backward(grad, x, *rest)
+    close(slopes, reference.log_circuit_backward(grad.double(), x.double(), *rest))

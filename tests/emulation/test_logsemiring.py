@@ -112,3 +112,14 @@ def test_chains_of_infinities(ops: Any) -> None:
 
 def test_runs_are_bitwise_equal(ops: Any) -> None:
     checks.check_repeats(ops)
+
+
+@by_dtype
+@pytest.mark.parametrize("seed", [0, 13, 29, 35])
+def test_circuits(ops: Any, seed: int, dtype: torch.dtype) -> None:
+    checks.check_circuits(ops, seed, dtype)
+
+
+@pytest.mark.parametrize("digits", [1, 4, 15])
+def test_additions(ops: Any, digits: int) -> None:
+    checks.check_addition(ops, digits)

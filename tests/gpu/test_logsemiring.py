@@ -138,3 +138,14 @@ def test_in_a_cuda_graph() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, wanted)
+
+
+@by_dtype
+@pytest.mark.parametrize("seed", [0, 13, 29, 35])
+def test_circuits(seed: int, dtype: torch.dtype) -> None:
+    checks.check_circuits(torch.ops.sapwood, seed, dtype, "cuda")
+
+
+@pytest.mark.parametrize("digits", [1, 4, 15])
+def test_additions(digits: int) -> None:
+    checks.check_addition(torch.ops.sapwood, digits, "cuda")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import tests.test_logsemiring as batteries
+from tests import log_circuits
 from tests.properties.strategies import Arguments, Property, Source
 
 SEED = 1234567890123
@@ -88,6 +89,23 @@ def _scan_path(s: Source) -> Arguments:
     return *tensors, s.size(0, 3), SEED, s.flag()
 
 
+def _circuit(s: Source) -> Arguments:
+    """Lists and terms of all lengths; some evidence is not known."""
+    seed = int(torch.randint(10_000, (), generator=s.generator))
+    inputs = s.size()
+    circuit, columns = log_circuits.anything(seed, inputs, s.size(0, 9))
+    blocks = s.pick([m for m in (1, 2, 3) if inputs % m == 0])
+    rows = s.size(0, 9)
+    x = s.normal(blocks, rows, inputs // blocks)
+    seen = log_circuits.evidence(seed, rows, columns)
+    return x, seen, circuit.tables(x.device), circuit.counts
+
+
+def _circuit_backward(s: Source) -> Arguments:
+    args = _circuit(s)
+    return s.normal(args[0].shape[1], args[3][1]), *args
+
+
 PROPERTIES = {
     "log_matmul": Property(batteries.TestLogMatmul, _product),
     "log_matmul_backward": Property(batteries.TestLogMatmulBackward, _backward),
@@ -106,4 +124,6 @@ PROPERTIES = {
     "log_scan": Property(batteries.TestLogScan, _scan),
     "log_scan_backward": Property(batteries.TestLogScanBackward, _scan_backward),
     "log_scan_path": Property(batteries.TestLogScanPath, _scan_path),
+    "log_circuit": Property(batteries.TestLogCircuit, _circuit),
+    "log_circuit_backward": Property(batteries.TestLogCircuitBackward, _circuit_backward),
 }

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sapwood.nesy import kernels, listed
 from sapwood.nesy.kernels import Reduce
-from sapwood.nesy.plan import Access, Group, Plan, Reference
-from sapwood.nesy.stages import column_of
 from sapwood.nesy.supports import Places
+
+if TYPE_CHECKING:
+    from sapwood.nesy.plan import Access, Group, Plan
 
 
 @dataclass
@@ -25,11 +27,6 @@ class Steps:
     rows: int  # B, copies included
     reduce: Reduce
     copies: int = 1
-    logits: frozenset[int] = frozenset()  # slots of leaves that are still to be normalised
-
-    @property
-    def results(self) -> list[Reference]:
-        return [path.result for path in self.plan.paths if path.result is not None]
 
     def evidence(self, group: Group) -> Tensor | None:
         """(G, B): the row of the step's tables for every instance and row of the batch."""
@@ -54,26 +51,30 @@ def slot_of(weights: Tensor, count: int) -> Tensor:
     return weights.reshape(count, rows, size).transpose(0, 1)
 
 
-def plain(steps: Steps, leaves: Sequence[Tensor], *, fast: bool) -> list[Tensor]:
+def column_of(columns: Sequence[Tensor] | Tensor, number: int) -> Tensor:
+    """(B,) one of the columns of data, (B,) each or (B, C) together."""
+    return columns.select(1, number) if isinstance(columns, Tensor) else columns[number]
+
+
+def plain(steps: Steps, leaves: Sequence[Tensor]) -> list[Tensor]:
     """The results, each (B or 1, kept), step by step, with derivatives of any order.
 
     Args:
         steps: what to run.
         leaves: (B or 1, n, size) per slot of leaves.
-        fast: the sum is the log-sum-exp, for which steps have ops of their own.
     """
     slots = list(leaves)
     for group in steps.plan.groups:
-        if group.listed or (group.kernel is not None and not fast):
+        if group.kernel is None:
+            vector, matrices = [operand(a, slots.__getitem__) for a in group.access]
+            slots.append(kernels.scan(vector, matrices, steps.reduce))
+        else:
             assert group.lists is not None
             terms = listed.terms(
                 group.lists, steps.evidence(group), [slots[s] for s in group.reads]
             )
             slots.append(steps.reduce(terms))
-        else:
-            operands = [operand(a, slots.__getitem__) for a in group.access]
-            slots.append(other(group, operands, steps.reduce, fast))
-    return [slots[r.slot][:, r.position] for r in steps.results]
+    return [slots[r.slot][:, r.position] for r in steps.plan.results]
 
 
 def operand(access: Access, slot: Callable[[int], Tensor]) -> Tensor:
@@ -86,10 +87,10 @@ def operand(access: Access, slot: Callable[[int], Tensor]) -> Tensor:
     return torch.stack([p.expand(rows, -1) for p in parts], 1)
 
 
-def other(group: Group, operands: list[Tensor], reduce: Reduce, fast: bool) -> Tensor:
-    """A chain of matrices, or a step with an op of its own."""
-    if group.kernel is None:
-        rows = listed.common_rows(operands)
-        vector, matrices = (x.expand(rows, -1, -1) for x in operands)
-        return kernels.scan(vector, matrices, reduce, fast=fast)
-    return kernels.run(group.kernel, operands)
+def other(group: Group, operands: list[Tensor]) -> Tensor:
+    """A long chain of matrices, or a step with an op of its own, by the log-sum-exp."""
+    if group.kernel is not None:
+        return kernels.run(group.kernel, operands)
+    rows = listed.common_rows(operands)
+    vector, matrices = (x.expand(rows, -1, -1) for x in operands)
+    return kernels.log_chain(vector, matrices)

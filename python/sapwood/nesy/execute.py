@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sapwood import _check
-from sapwood.nesy import chain, workspace
+from sapwood.nesy import chain, circuits
 from sapwood.nesy.chain import Steps, slot_of
 from sapwood.nesy.draws import Leaf, Listed
 from sapwood.nesy.kernels import Reduce
@@ -56,7 +56,8 @@ class Execution:
         self._fast = reduce is log_sum
         rows = (1 if batch is None else batch) * copies
         self._leaves, raw = _leaf_weights(plan, leaves, batch, dtype, defer=self._fast)
-        self._steps = Steps(plan, columns, rows, reduce, copies, raw)
+        self._raw = raw
+        self._steps = Steps(plan, columns, rows, reduce, copies)
         self._device = self._leaves[0].device if self._leaves else torch.device("cpu")
         self._dtype = self._leaves[0].dtype if self._leaves else dtype or torch.get_default_dtype()
         #: Per slot of leaves (B or 1, n, entries), after copies and preparation.
@@ -87,12 +88,15 @@ class Execution:
 
     def _parts(self) -> list[Tensor]:
         """The masses of each path, (B or 1,) or (B or 1, K)."""
+        if not self.plan.results:
+            return []
         if self._fast:
-            results = workspace.run(self._steps, self._leaves)
+            steps = self._steps
+            results = circuits.run(self.plan, self._leaves, self._raw, steps.columns, steps.rows)
         else:
-            results = chain.plain(self._steps, self.slots, fast=False)
+            results = chain.plain(self._steps, self.slots)
         if self.plan.support is None:
-            return results if self._fast else [x.squeeze(-1) for x in results]
+            return [x.squeeze(-1) for x in results]
         paths = [path for path in self.plan.paths if path.result is not None]
         return [
             self._spread(kept, path.graph.supports, path.graph.kept)

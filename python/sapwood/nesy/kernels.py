@@ -202,13 +202,16 @@ def run(kernel: Kernel, operands: Sequence[Tensor]) -> Tensor:
     return result.reshape(*result.shape[: result.dim() - len(shape.kept)], -1)
 
 
-def scan(vector: Tensor, matrices: Tensor, reduce: Reduce, *, fast: bool) -> Tensor:
+def log_chain(vector: Tensor, matrices: Tensor) -> Tensor:
     """A chain: vector (B, 1, k) times matrices (B, n, k * k), which gives (B, 1, k)."""
     k = vector.shape[-1]
-    steps = matrices.unflatten(-1, (k, k))  # (B, n, k, k)
+    return log_scan(matrices.unflatten(-1, (k, k)), vector[:, 0]).unsqueeze(1)
+
+
+def scan(vector: Tensor, matrices: Tensor, reduce: Reduce) -> Tensor:
+    """The same with any sum, (B or 1, ...) each."""
+    k = vector.shape[-1]
     state = vector[:, 0]
-    if fast:
-        return log_scan(steps, state).unsqueeze(1)
-    for step in steps.unbind(1):
+    for step in matrices.unflatten(-1, (k, k)).unbind(1):
         state = reduce((state[..., None] + step).transpose(-1, -2))
     return state.unsqueeze(1)

@@ -6,16 +6,17 @@ positions of a long addition, for example) run as one, with the instances as a l
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from sapwood.nesy.circuits import Piece, has_circuit, pieces_of
 from sapwood.nesy.elimination import Eliminator, Input, Step, TableCache
 from sapwood.nesy.factors import Graph, GraphBuilder
 from sapwood.nesy.kernels import Kernel
 from sapwood.nesy.listed import Lists
-from sapwood.nesy.stages import Layout, lay_out
 from sapwood.nesy.supports import Support
 from sapwood.nesy.trace import Keys, Path, Trace
 
@@ -104,7 +105,26 @@ class Plan:
     where: dict[int, Reference] = field(default_factory=dict)  # of each leaf
     groups: list[Group] = field(default_factory=list)
     support: Support | None = None  # of the result, for VALUES
-    layout: Layout = field(default_factory=lambda: Layout(0, []))
+    #: Instances, and entries of each, per slot: leaves come first, then the groups.
+    counts: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    _pieces: dict[frozenset[int], tuple[list[Piece | Group], frozenset[int]]] = field(
+        default_factory=dict
+    )
+
+    @functools.cached_property
+    def results(self) -> list[Reference]:
+        """Where the result of each path is that has mass."""
+        return [path.result for path in self.paths if path.result is not None]
+
+    def pieces(self, logits: frozenset[int]) -> tuple[list[Piece | Group], frozenset[int]]:
+        """The circuits and steps to run in order, and which slots of logits they normalise."""
+        found = self._pieces.get(logits)
+        if found is None:
+            whole = all(map(has_circuit, self.groups))  # then each slot is read in one place
+            heads = logits if whole else frozenset[int]()
+            found = self._pieces[logits] = (pieces_of(self, heads), heads)
+        return found
 
     @property
     def leaves(self) -> Iterable[int]:
@@ -249,7 +269,7 @@ def _place_steps(plan: Plan) -> None:
         results[path][number] = Reference(group.slot, group.instances)
         group.instances += 1
     plan.groups = list(groups.values())
-    counts = [len(s) for s in plan.slots] + [g.instances for g in plan.groups]
+    counts = [max(1, len(s)) for s in plan.slots] + [g.instances for g in plan.groups]
     for group in plan.groups:
         operands = group.inputs
         if group.kernel is None:  # the vector of a chain, then all of its matrices
@@ -263,10 +283,17 @@ def _place_steps(plan: Plan) -> None:
 
 def _make_lists(plan: Plan, counts: list[int]) -> None:
     """The entries of every group as places in the slots that it reads, laid end to end."""
-    sizes = [0] * len(counts)
+    plan.counts, plan.sizes = counts, [1] * len(counts)
+    sizes = plan.sizes
     for group in plan.groups:
         sizes[group.slot] = group.kept_size
         if group.kernel is None:
+            for reference, power in zip(
+                (r for refs in group.inputs for r in refs),
+                (1, *[2] * len(group.inputs)),
+                strict=False,
+            ):
+                sizes[reference.slot] = group.kept_size**power
             continue
         for operand, references in zip(group.kernel.shape.operands, group.inputs, strict=False):
             for reference in references:
@@ -284,7 +311,6 @@ def _make_lists(plan: Plan, counts: list[int]) -> None:
             group.reads, total = [plan.slots.index([])], 1
             offsets = [[0]] * group.instances
         group.lists = Lists(group.kernel.table, offsets, total, group.kernel.kept_size)
-    plan.layout = lay_out(plan.groups, counts, sizes)
 
 
 def _reference(plan: Plan, done: dict[int, Reference], source: Input) -> Reference:

@@ -6,6 +6,7 @@ arguments of later calls.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -15,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sapwood import _check
+from sapwood.nesy.circuits import Piece, widened
 from sapwood.nesy.draws import Leaf, Source
 from sapwood.nesy.execute import Execution
 from sapwood.nesy.expressions import Observed
 from sapwood.nesy.plan import PLANS, Plan, Query
+from sapwood.nesy.symbols import Categorical
 from sapwood.nesy.trace import Keys, trace
 
 if TYPE_CHECKING:
@@ -45,13 +49,69 @@ class _View:
         return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Static:
     plan: Plan
     sources: list[tuple[Source, tuple[_View, ...]]]
     columns: list[_View]
     together: bool  # there is one view, of all columns
     batch: int | None
+
+    @functools.cached_property
+    def direct(self) -> _Direct | None:
+        return _Direct.of(self)
+
+
+@dataclass(frozen=True)
+class _Direct:
+    """A sentence that is one circuit over one network: its log truth with nothing to decide.
+
+    Small problems cost what is called, not what is computed: after a network has run, Python's code
+    and data come from memory again.
+    """
+
+    piece: Piece
+    source: Categorical
+    inputs: tuple[tuple[_View, ...], ...]  # per input of the network, one of each leaf
+    columns: list[_View]
+    together: bool
+    rows: int  # of the logits
+
+    @classmethod
+    def of(cls, known: _Static) -> _Direct | None:
+        """The same sentence, if it is of this kind."""
+        plan = known.plan
+        if len(plan.slots) != 1 or len(plan.results) != 1 or not known.batch:
+            return None
+        sources = [known.sources[leaf] for leaf in plan.slots[0]]
+        source = sources[0][0] if sources else None
+        if type(source) is not Categorical or not sources[0][1]:
+            return None
+        pieces, _ = plan.pieces(frozenset([0]))
+        if (
+            len(pieces) != 1
+            or not isinstance(pieces[0], Piece)
+            or pieces[0].circuit.num_results != 1
+        ):
+            return None
+        inputs = tuple(zip(*(views for _, views in sources), strict=True))
+        rows = known.batch * len(sources)
+        return cls(pieces[0], source, inputs, known.columns, known.together, rows)
+
+    def run(self, tensors: list[Tensor], dtype: torch.dtype | None) -> Tensor:
+        inputs = [_cat([view.read(tensors) for view in views]) for views in self.inputs]
+        logits = widened(self.source.logits(*inputs, dtype=dtype))
+        if len(logits) != self.rows:
+            want = f"have {self.rows} rows for as many inputs"
+            _check.fail(ValueError, f"nesy.{self.source.name}", "net's output", want, len(logits))
+        columns: list[Tensor] | Tensor = [view.read(tensors) for view in self.columns]
+        if self.together:
+            columns = columns[0]
+        return self.piece.truth(logits, self.piece.evidence(columns))
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 _known: OrderedDict[Hashable, _Static | None] = OrderedDict()
@@ -60,7 +120,22 @@ _told: set[Hashable] = set()
 
 def log_truth(program: Program) -> Tensor | None:
     """The log truth by a remembered structure; None where the program has to be traced."""
-    key = _key(program)
+    key, tensors = _read(program)
+    found = _find(program, key)
+    if found is None:
+        return None
+    if found.direct is not None:
+        return found.direct.run(tensors, program.dtype)
+    leaves = [
+        Leaf(source, tuple(v.read(tensors) for v in views)) for source, views in found.sources
+    ]
+    columns: list[Tensor] | Tensor = [view.read(tensors) for view in found.columns]
+    if found.together:
+        columns = columns[0]
+    return Execution(found.plan, leaves, columns, found.batch, program.dtype).run()
+
+
+def _find(program: Program, key: Hashable) -> _Static | None:
     if key is None:
         _tell(program, "an argument or a closure has no hash")
         return None
@@ -72,14 +147,7 @@ def log_truth(program: Program) -> Tensor | None:
     if found is None:
         _tell(program, "it reads something else than slices of its arguments")
         return None
-    tensors = _tensors(program)
-    leaves = [
-        Leaf(source, tuple(v.read(tensors) for v in views)) for source, views in found.sources
-    ]
-    columns: list[Tensor] | Tensor = [view.read(tensors) for view in found.columns]
-    if found.together:
-        columns = columns[0]
-    return Execution(found.plan, leaves, columns, found.batch, program.dtype).run()
+    return found
 
 
 def _tell(program: Program, reason: str) -> None:
@@ -90,38 +158,38 @@ def _tell(program: Program, reason: str) -> None:
         _logger.warning("sapwood.nesy: %s is traced on every call: %s", name, reason)
 
 
-def _key(program: Program) -> Hashable | None:
+def _read(program: Program) -> tuple[Hashable, list[Tensor]]:
+    """What decides the structure, None where it has no hash, and the tensors among the arguments."""
     function = program.function
-    cells = getattr(function, "__closure__", None) or ()
-    given = (*program.arguments, *program.options.values())
+    given, tensors = list[Hashable](), list[Tensor]()
+    for value in (*program.arguments, *program.options.values()):
+        tensor = value.values if isinstance(value, Observed) else value
+        if isinstance(tensor, Tensor):
+            known = value.given if isinstance(value, Observed) else None
+            given.append(
+                (type(value), known, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            )
+            tensors.append(tensor)
+        else:
+            given.append((type(value), value))
+    closure = [
+        (type(cell.cell_contents), cell.cell_contents)
+        for cell in getattr(function, "__closure__", None) or ()
+    ]
+    key = (
+        getattr(function, "__code__", function), *closure,
+        getattr(function, "__defaults__", None), *program.options, *given, program.dtype,
+        program.max_paths,
+    )  # fmt: skip
     try:
-        closure = tuple((type(c.cell_contents), c.cell_contents) for c in cells)
-        key = (
-            getattr(function, "__code__", function), closure,
-            getattr(function, "__defaults__", None), tuple(program.options),
-            tuple(map(_described, given)), program.dtype, program.max_paths,
-        )  # fmt: skip
         hash(key)
     except TypeError:
-        return None
-    return key
-
-
-def _described(value: Any) -> Hashable:
-    if isinstance(value, Observed):
-        return ("observed", value.given, _described(value.values))
-    if isinstance(value, Tensor):
-        return (value.shape, value.stride(), value.dtype, value.device)
-    return (type(value), value)
+        return None, tensors
+    return key, tensors
 
 
 def _tensors(program: Program) -> list[Tensor]:
-    given = (*program.arguments, *program.options.values())
-    return [
-        v.values if isinstance(v, Observed) else v
-        for v in given
-        if isinstance(v, Observed | Tensor)
-    ]
+    return _read(program)[1]
 
 
 def _alone(value: Any) -> Any:

@@ -27,6 +27,8 @@ class Support:
 
     values: tuple[Any, ...]
     index: dict[Any, int]
+    #: The first value when the values are consecutive integers, else None.
+    first_integer: int | None
 
     def __new__(cls, values: Iterable[Any]) -> Support:
         fixed = tuple(values)
@@ -36,6 +38,7 @@ class Support:
             found = super().__new__(cls)
             found.values = fixed
             found.index = {value: i for i, value in enumerate(fixed)}
+            found.first_integer = _first_integer(fixed)
             if len(found.index) != len(fixed):
                 raise ValueError(f"sapwood.nesy: support must have distinct values, got {fixed}")
             cls._known[key] = found
@@ -50,18 +53,16 @@ class Support:
         return "{" + ", ".join(map(str, self.values)) + "}"
 
     @property
-    def first_integer(self) -> int | None:
-        """The first value when the values are consecutive integers, else None."""
-        first = self.values[0]
-        if not all(type(v) is int for v in self.values):
-            return None
-        consecutive = all(v == first + i for i, v in enumerate(self.values))
-        return int(first) if consecutive else None
-
-    @property
     def boolean(self) -> bool:
         """Whether all values are truth values."""
         return all(isinstance(v, bool | np.bool_) for v in self.values)
+
+
+def _first_integer(values: tuple[Any, ...]) -> int | None:
+    if not values or not all(type(v) is int for v in values):
+        return None
+    consecutive = all(v == values[0] + i for i, v in enumerate(values))
+    return int(values[0]) if consecutive else None
 
 
 class Places:
