@@ -75,7 +75,7 @@ def test_gradient_of_an_image_of_2_31_values() -> None:
     assert not found[:, :, -65].any()
 
 
-# Emulated kernels ----------------------------------------------------------------------------------
+# Emulated kernels ---------------------------------------------------------------------------------
 
 
 def channels_last(near: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def channels_last(near: Tensor) -> Tensor:
 @pytest.mark.parametrize("depthwise", [False, True], ids=["dense", "depthwise"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_last_image(emulated: Any, depthwise: bool, masked: bool) -> None:
-    """A block has 64 pixels, or 8 of a depthwise convolution: those of the last tile's last rows."""
+    """A block has 64 pixels, or 8 of a depthwise convolution: rows of the last tile."""
     x, residual = torch.randn(2, 1, CHANNELS, 32, 32)
     weight = torch.randn(CHANNELS, 1 if depthwise else CHANNELS, 3, 3)
     groups = CHANNELS if depthwise else 1
@@ -136,7 +136,7 @@ def test_gradient_of_the_weight(emulated: Any, depthwise: bool) -> None:
     torch.testing.assert_close(bias, corner.sum((0, 2, 3)), rtol=1e-4, atol=1e-2)
 
 
-# Refusals ------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def problem() -> Problem:
     return torch.randn(3, 9), torch.randn(4, 9), torch.rand(4, 9) < 0.5
 
 
-# Packed weights ------------------------------------------------------------------------------------
+# Packed weights -----------------------------------------------------------------------------------
 
 
 def test_packed_linear_csr(ops: Any, problem: Problem) -> None:
@@ -76,7 +76,7 @@ def test_transpose_csr(problem: Problem) -> None:
     assert torch.equal(perm[FAR:], near[3] + FAR)
 
 
-# Packing -------------------------------------------------------------------------------------------
+# Packing ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -120,24 +120,23 @@ def test_more_than_indices_hold_is_refused(name: str, shape: tuple[int, int]) ->
         getattr(torch.ops.sapwood, name)(weight, mask)
 
 
-# Masking by emulated kernels: torch multiplies what their last blocks write --------------------------
+# Masking by emulated kernels: torch multiplies what their last blocks write -----------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("contiguous", [True, False], ids=["flat", "strided"])
 def test_masked_matmul(emulated: Any, contiguous: bool) -> None:
     rows, k = 2**15 + 1, 2**16
-    weight, mask = reserved(rows, k, dtype=torch.half), reserved(rows, k, dtype=torch.bool)
-    weight[-1, -8:] = torch.arange(1, 9).half()
+    weight, mask = reserved(rows, k), reserved(rows, k, dtype=torch.bool)
+    weight[-1, -8:] = torch.arange(1.0, 9.0)
     mask[-1, -8:] = torch.tensor([1, 0, 0, 1, 1, 1, 0, 1]).bool()
     kept = 1 + 4 + 5 + 6 + 8
     if not contiguous:
         mask, weight, kept = mask[:, :-1], weight[:, :-1], kept - 8
+    x, grad = torch.ones(1, weight.shape[1]), torch.ones(1, rows)
     with last_blocks():
-        y = emulated.masked_matmul(torch.ones(1, weight.shape[1]).half(), weight, mask, None, False)
-        dx, _ = emulated.masked_matmul_backward(
-            y.new_ones(1, rows), y.new_ones(1, weight.shape[1]), weight, mask, True, False, False
-        )
+        y = emulated.masked_matmul(x, weight, mask, None, False)
+        dx, _ = emulated.masked_matmul_backward(grad, x, weight, mask, True, False, False)
     assert y[0].nonzero().tolist() == [[rows - 1]]
     assert float(y[0, -1]) == kept
     assert float(dx.sum()) == kept
@@ -148,13 +147,13 @@ def test_masked_matmul(emulated: Any, contiguous: bool) -> None:
 @pytest.mark.usefixtures("room")
 def test_gradient_of_a_masked_weight(emulated: Any) -> None:
     """In place: a block has 512 weights."""
-    rows, k = 2**15 + 1, 2**16
+    rows, k, of_block = 2**15 + 1, 2**16, 512
     mask = reserved(rows, k, dtype=torch.bool)
     mask[-1, ::2] = True
-    grad, x = torch.ones(1, rows).half(), torch.randn(1, k).half()
+    grad, x = torch.ones(1, rows), torch.randn(1, k)
     weight = grad.new_zeros(1, 1).expand(rows, k)  # of which only the shape counts
     with last_blocks():
         _, dw = emulated.masked_matmul_backward(grad, x, weight, mask, False, True, False)
-    assert torch.equal(dw[-1, -512::2], x[0, -512::2])
-    assert not dw[-1, -511::2].any()
-    assert torch.equal(dw[-1, :512], x[0, :512])  # of another block
+    assert torch.equal(dw[-1, -of_block::2], x[0, -of_block::2])
+    assert not dw[-1, -of_block + 1 :: 2].any()
+    assert torch.equal(dw[-1, :of_block], x[0, :of_block])  # of another block
