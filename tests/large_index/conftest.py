@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from .memory import alone
 
 
 @pytest.fixture
@@ -30,8 +30,6 @@ def ops(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def room() -> Iterator[None]:
-    """For a test that writes gigabytes: no other one that does runs beside it."""
-    path = Path(tempfile.gettempdir()) / "sapwood-large-index.lock"
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """For a test that writes gigabytes."""
+    with alone():
         yield

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import mmap
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,3 +71,11 @@ def last_blocks(count: int = 1) -> Iterator[None]:
         yield
     finally:
         del os.environ["SAPWOOD_EMU_LAST_BLOCKS"]
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Of all tests that write gigabytes, in whatever process, one runs at a time."""
+    with (Path(tempfile.gettempdir()) / "sapwood-large-index.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

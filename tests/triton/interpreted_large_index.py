@@ -13,13 +13,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from sapwood.triton_kernels import copruned_conv, logsemiring, similarity, splat2d
+from sapwood.triton_kernels._logsemiring_sequence_kernels import chain_kernel
 from torch import Tensor
 from torch.nn.functional import conv2d
 from triton.runtime.interpreter import interpreter_builder
 
 from sapwood.ops.logsemiring import _triton
 from sapwood.reference import logsemiring as reference
-from tests.large_index.memory import FAR, apart, behind, last_of, on_linux, reserved
+from tests.large_index.memory import FAR, alone, apart, behind, last_of, on_linux, reserved
 
 pytestmark = [
     on_linux,
@@ -38,8 +39,8 @@ PRODUCTS: dict[str, Call] = {
 
 
 @contextmanager
-def last_program(kernels: Any) -> Iterator[None]:
-    """Every launch of a module runs its last program alone."""
+def last_program(kernels: Any, before: int = 0) -> Iterator[None]:
+    """Every launch of a module runs its last program alone, or one that is ``before`` it."""
     launch, set_dim, set_idx = (
         kernels.launch,
         interpreter_builder.set_grid_dim,
@@ -50,7 +51,7 @@ def last_program(kernels: Any) -> Iterator[None]:
         with (
             patch.object(interpreter_builder, "set_grid_dim", lambda *_: set_dim(grid[0], 1, 1)),
             patch.object(
-                interpreter_builder, "set_grid_idx", lambda *_: set_idx(grid[0] - 1, 0, 0)
+                interpreter_builder, "set_grid_idx", lambda *_: set_idx(grid[0] - 1 - before, 0, 0)
             ),
         ):
             launch(kernel, (1,), *rest, **constants)
@@ -165,6 +166,20 @@ def test_gradients_of_the_last_chain_of_2_31_states() -> None:
     assert torch.equal(dinit[-1:], wanted[1])
 
 
+def test_a_step_of_2_31_states() -> None:
+    """From a chain's first states to its second ones."""
+    rows, k = 2**25 + 1, 64
+    t = torch.randn(1, 1, k, k)
+    init, states = (reserved(1, n, rows, k, dtype=torch.float64) for n in (1, 2))
+    init[0, 0, -1] = torch.randn(k)
+    config = logsemiring._choose(logsemiring._CHAIN, k)
+    with last_program(logsemiring):
+        args = (t, init, states, 1, rows, k, *t.stride())
+        logsemiring.launch(chain_kernel, (rows,), config, None, args)
+    near = _triton.log_scan(t, init[:, 0, -1:], False)
+    assert torch.equal(states[:, :, -1], near[:, :, 0])
+
+
 # splat2d ------------------------------------------------------------------------------------------
 
 
@@ -245,3 +260,18 @@ def test_weight_far_apart(dim: int) -> None:
     rest = (None, None, None, None, None, *shape)
     found = copruned_conv.copruned_conv2d(x, apart(weight, dim), *rest)
     assert torch.equal(found, copruned_conv.copruned_conv2d(x, weight, *rest))
+
+
+def test_tiles_of_more_pixels_than_32_bits_count() -> None:
+    """An image of fewer than 2^31 pixels whose tiles, which reach beyond it, have more."""
+    side, tile, of_program = 46_340, 64, 64
+    last = (side - 1) // tile * tile  # where the last tile begins
+    assert side**2 < FAR < (last + tile) ** 2
+    x = reserved(1, 1, side, side, dtype=torch.half)
+    x[0, 0, last, last:] = torch.randn(side - last).half()
+    shape = ((1, 1), (0, 0), (1, 1), tile, 8, "none")
+    with alone(), last_program(copruned_conv, before=tile**2 // of_program - 1):
+        y = copruned_conv.copruned_conv2d(
+            x, torch.full((1, 1, 1, 1), 2.0).half(), None, None, None, None, None, *shape
+        )
+    assert torch.equal(y[0, 0, last, last:], 2 * x[0, 0, last, last:])
