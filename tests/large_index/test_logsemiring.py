@@ -276,3 +276,13 @@ def test_gradients_of_the_last_chain_of_2_31_terms(emulated: Any) -> None:
     assert dt.numel() > FAR
     wanted = emulated.log_scan_backward(near[0], t, near[1], True)
     same((dt[-1:], dinit[-1:]), wanted)
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1, 2**16), (2**31, 2)], ids=["states", "rows"])
+def test_steps_that_cannot_be_numbered_are_refused(emulated: Any, rows: int, k: int) -> None:
+    """Views of stride 0: refused before anything of their size is made."""
+    t = torch.zeros(1, 1, 1, 1).expand(1, 1, k, k)
+    states = torch.zeros(1, 1, 1, 1, dtype=torch.float64).expand(1, 2, rows, k)
+    what = rf"steps of fewer than 2\^32 entries, got {k} states and {rows} rows"
+    with pytest.raises(RuntimeError, match=f"log_scan_backward: t and states must have {what}"):
+        emulated.log_scan_backward(states, t, states, False)
