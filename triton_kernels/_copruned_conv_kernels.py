@@ -72,12 +72,12 @@ def copruned_conv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    chunks = tl.cdiv(tiles * TILE * TILE, BLOCK_M)
+    kept_tiles = tiles.to(tl.int64)
+    chunks = tl.cdiv(kept_tiles * TILE * TILE, BLOCK_M)
     blocks = tl.cdiv(filters, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
     b = program // (chunks * blocks)
     chunk = program // blocks % chunks
-    kept_tiles = tiles.to(tl.int64)
     kept_filters = filters.to(tl.int64)
     kept_channels = channels.to(tl.int64)
     if HAS_REGION:
@@ -110,7 +110,8 @@ def copruned_conv_kernel(
         col = j * step_col - pad_col + s * dilation_col
         inside = wanted & (row >= 0) & (row < rows) & (col >= 0) & (col < cols)
         pixel = x + ((b * rows + row) * cols + col) * channels
-        taps = weight + k * weight_filter + r * weight_row + s * weight_col
+        tap_row, tap_col = tl.cast(r, tl.int64) * weight_row, tl.cast(s, tl.int64) * weight_col
+        taps = weight + k * weight_filter + tap_row + tap_col
         for start in range(0, kept_channels, BLOCK_K):
             at = start + tl.arange(0, BLOCK_K).to(tl.int64)
             c_on = at < kept_channels

@@ -111,7 +111,7 @@ def chain_kernel(
     program = tl.program_id(0)
     batch = (program // rows).to(tl.int64)
     row = program % rows
-    i = tl.arange(0, BLOCK_K)
+    i = tl.arange(0, BLOCK_K).to(tl.int64)
     state = tl.load(init + (batch * rows + row) * k + i, mask=i < k, other=-INFINITY)
     to = states + (batch * (length + 1) * rows + row) * k + i
     tl.store(to, state, mask=i < k)
@@ -121,7 +121,7 @@ def chain_kernel(
         top = largest(terms)
         total = tl.sum(scaled(terms, top[None, :]), 0)
         state = log_of(top, total)
-        to += rows * k
+        to += tl.cast(rows, tl.int64) * k
         tl.store(to, state, mask=i < k)
         step += stride_tl
 
@@ -144,7 +144,7 @@ def chain_gradient_kernel(
 ):
     """A program walks one chain backwards, row after row; rows add to dt in order."""
     batch = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK_K)
+    i = tl.arange(0, BLOCK_K).to(tl.int64)
     inside = (i[:, None] < k) & (i[None, :] < k)
     for row in range(rows):
         last = ((batch * (length + 1) + length) * rows + row) * k + i
@@ -153,7 +153,7 @@ def chain_gradient_kernel(
             step = length - 1 - back
             at = ((batch * (length + 1) + step) * rows + row) * k + i
             state = tl.load(states + at, mask=i < k, other=-INFINITY)
-            here = t + batch * stride_tb + step * stride_tl
+            here = t + batch * stride_tb + tl.cast(step, tl.int64) * stride_tl
             terms = step_terms(
                 here, state, i[:, None], i[None, :], k, stride_tr, stride_tc, BLOCK_K
             )

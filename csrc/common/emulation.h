@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <functional>
@@ -206,9 +207,17 @@ inline unsigned ballot(unsigned mask, bool predicate) {
   return votes;
 }
 
+// With SAPWOOD_EMU_LAST_BLOCKS=n in the environment a launch runs its last n blocks alone: so tests
+// reach the far end of grids that would take hours.
+inline uint64_t skipped_blocks(uint64_t count) {
+  const char* last = std::getenv("SAPWOOD_EMU_LAST_BLOCKS");
+  return last == nullptr ? 0 : count - std::min<uint64_t>(count, std::strtoull(last, nullptr, 10));
+}
+
 inline std::vector<uint64_t> block_order(uint64_t count) {
-  std::vector<uint64_t> order(count);
-  std::iota(order.begin(), order.end(), uint64_t{0});
+  const uint64_t first = skipped_blocks(count);
+  std::vector<uint64_t> order(count - first);
+  std::iota(order.begin(), order.end(), first);
 #if defined(SAPWOOD_EMU_SHUFFLE)
   std::shuffle(order.begin(), order.end(), std::mt19937_64(SAPWOOD_EMU_SHUFFLE));
 #endif

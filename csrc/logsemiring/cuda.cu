@@ -184,6 +184,10 @@ std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const Tensor
   check_shape(op, "grad", grad_in, states_in.sizes());
   check_device(op, "states", states_in, "t", t_in);
   check_device(op, "grad", grad_in, "t", t_in);
+  constexpr int64_t kMost = int64_t{0xffff};  // the kernel numbers the entries of a step in 32 bits
+  STD_TORCH_CHECK(t_in.size(2) <= kMost && states_in.size(2) * states_in.size(3) <= kMost * kMost,
+                  "sapwood.", op, ": t and states must have steps of fewer than 2^32 entries, got ",
+                  t_in.size(2), " states and ", states_in.size(2), " rows");
   const DeviceScope scope(t_in);
   const Tensor t = widened(t_in);
   const Tensor states = torch::stable::contiguous(torch::stable::to(states_in, ScalarType::Double));

@@ -239,7 +239,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     scan_backward_kernel(Chain<T> t, ChainShape s, const double* states, const double* grad,
                          double* buffers, T* dt, double* dinit) {
-  const auto k = static_cast<unsigned>(s.k);  // a step has k * k entries: below 2^32
+  const auto k = static_cast<unsigned>(s.k);  // cuda.cu refuses steps of 2^32 entries
   const unsigned width = static_cast<unsigned>(s.rows) * k;
   for (int64_t b = blockIdx.x; b < s.batch; b += gridDim.x) {
     double *now = buffers + b * 4 * width, *before = now + width;
