@@ -149,7 +149,8 @@ class OpBattery:
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
     def test_opcheck(self, sample: Sample, dtype: torch.dtype) -> None:
         utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
-        if self.spec.backward is not None:
+        # The costly one, whose graph does not depend on the type: in both types for one sample.
+        if self.spec.backward and (dtype == torch.float32 or "main" in sample.tags):
             utilities.append("test_aot_dispatch_dynamic")
         short = replace(sample, args=self.shortened(sample.args))
         args = leaves(short, dtype, sample.grad if self.spec.backward else ())
