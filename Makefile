@@ -27,8 +27,8 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PATH := $(abspath $(BIN)):$(PATH)
 CMAKE = SAPWOOD_TORCH_DIR="$$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/torch" cmake
 .DELETE_ON_ERROR:
-.PHONY: help tour test experiment bench coverage docs wheel wheel-aarch64 test-wheel \
-  test-wheel-aarch64 lint build emulation sanitizer suite environment clean FORCE
+.PHONY: help tour test experiment bench coverage coverage-kernels coverage-python docs wheel \
+  wheel-aarch64 test-wheel test-wheel-aarch64 lint build emulation sanitizer suite environment clean FORCE
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 28
@@ -110,7 +110,9 @@ suite: build  ## the Python tests of the kernels, or SUITE, under AddressSanitiz
 
 GCOVR = $(BIN)/gcovr --object-directory build/coverage --gcov-ignore-parse-errors all \
   --exclude-throw-branches --merge-lines --sort uncovered-percent
-coverage: build emulation  ## lines that the tests run: of kernels, of emulated CUDA, of Python
+coverage: coverage-kernels coverage-python  ## lines that the tests run; either half alone too
+
+coverage-kernels: build  ## of kernels and of emulated CUDA
 	$(CMAKE) --preset coverage
 	cmake --build --preset coverage
 	$(BIN)/python tools/instrumented.py build/coverage
@@ -120,6 +122,8 @@ coverage: build emulation  ## lines that the tests run: of kernels, of emulated 
 	ctest --test-dir build/coverage -j $(JOBS) --output-on-failure --timeout 600
 	$(GCOVR) --filter 'csrc/.*\.(cpp|h|inl)$$' --fail-under-line 90
 	$(GCOVR) --filter 'csrc/.*\.cuh?$$' --fail-under-line 95
+
+coverage-python: build emulation  ## of Python and of Triton's kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu and not experiment" \
 	  --emulation-library=$(EMULATION) --cov=sapwood --cov-report=html:build/coverage/python \
 	  --cov-report=term:skip-covered --cov-fail-under=95 $(PYTEST_FLAGS)

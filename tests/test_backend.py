@@ -128,9 +128,9 @@ def test_a_wrong_environment_is_refused() -> None:
     assert "SAPWOOD_BACKEND must be one of auto, native" in run.stderr
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set_gives_the_same_results(capability: str) -> None:
-    """One process each, since the variable is read once; only instructions this CPU has are run."""
+    """One process each, since the variable is read once; the CPU's best has the suite itself."""
     env = {**os.environ, "SAPWOOD_CPU_CAPABILITY": capability}
     chosen = "test_forward or test_deterministic or test_batches or test_columns or test_half"
     files = ["tests/test_masked_matmul.py", "tests/test_packed_weight.py"]

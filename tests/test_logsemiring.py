@@ -306,6 +306,11 @@ class TestLogScanBackward(DifferentiableBattery):
         for i, s in enumerate([(1, 2, 2, 1), *CHAINS[1:]])
     )
 
+    def shortened(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        grad, t, states, maximum = args
+        steps = min(4, t.shape[1])
+        return grad[:, : steps + 1], t[:, :steps], states[:, : steps + 1], maximum
+
     def reduction(self, args: tuple[Any, ...]) -> int:
         return max(8, args[1].shape[1] * args[1].shape[2] * args[0].shape[2])
 

@@ -50,6 +50,8 @@ inline Isa isa() {
 }  // namespace sapwood
 
 #define SAPWOOD_INLINE __attribute__((always_inline)) inline
+// For what several large functions call: one copy of it instead of one in each.
+#define SAPWOOD_OUTLINE __attribute__((noinline))
 
 #if defined(__x86_64__)
 #define SAPWOOD_TARGET_AVX2 __attribute__((target("avx2,fma,bmi,popcnt")))

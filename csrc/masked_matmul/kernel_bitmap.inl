@@ -67,6 +67,14 @@ SAPWOOD_TARGET SAPWOOD_INLINE void expand_rows(const float* const* row_values,
   }
 }
 
+// The rows that are left over: one copy for all types of weights.
+template <int B>
+SAPWOOD_TARGET SAPWOOD_OUTLINE void expand_row(const float* values, const uint16_t* words,
+                                               int64_t words_per_row, const float* x,
+                                               int64_t stride, float* sums) {
+  expand_rows<1, B>(&values, words, words_per_row, x, stride, sums);
+}
+
 // Rows [first, first + rows) against B rows of x (B, stride), stride a multiple of 16 and at least
 // K; scratch (4 * K,). Writes y[b, row] for b < batch.
 template <int B, class Value>
@@ -89,7 +97,7 @@ SAPWOOD_TARGET void bitmap_rows(const Bitmap<Value>& w, int64_t first, int64_t r
     } else {
       for (int64_t r = 0; r < group; ++r) {
         float one[B];
-        expand_rows<1, B>(values + r, words + r * words_per_row, words_per_row, x, stride, one);
+        expand_row<B>(values[r], words + r * words_per_row, words_per_row, x, stride, one);
         for (int b = 0; b < B; ++b) sums[b * R + r] = one[b];
       }
     }

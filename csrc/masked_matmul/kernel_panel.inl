@@ -89,7 +89,8 @@ SAPWOOD_TARGET SAPWOOD_INLINE void activate(T* __restrict v, int64_t count, T bi
 }
 
 template <class T>
-SAPWOOD_TARGET inline void activate_row(T* v, int64_t count, T bias, Activation activation) {
+SAPWOOD_TARGET SAPWOOD_OUTLINE void activate_row(T* v, int64_t count, T bias,
+                                                 Activation activation) {
   switch (activation) {
     case Activation::none:
       return activate<Activation::none>(v, count, bias);
@@ -106,8 +107,8 @@ SAPWOOD_TARGET inline void activate_row(T* v, int64_t count, T bias, Activation 
 
 // y[b, first + r] = activation(sums[r, b] + bias) for `rows` output columns and `batch` rows of y.
 template <class T>
-SAPWOOD_TARGET void store_sums(T* sums, int64_t width, int64_t rows, int64_t first, int64_t b0,
-                               int64_t batch, const Output<T>& out) {
+SAPWOOD_TARGET SAPWOOD_OUTLINE void store_sums(T* sums, int64_t width, int64_t rows, int64_t first,
+                                               int64_t b0, int64_t batch, const Output<T>& out) {
   constexpr int W = Lanes<T>::count;
   if (out.bias != nullptr || out.activation != Activation::none) {
     for (int64_t r = 0; r < rows; ++r) {

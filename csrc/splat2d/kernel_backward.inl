@@ -103,8 +103,9 @@ SAPWOOD_TARGET SAPWOOD_INLINE void write_slopes(const Gaussian<T>& g, const Mome
 }
 
 template <int C, bool plain, bool stats, class T>
-SAPWOOD_TARGET void differentiate_of(const Gaussian<T>& g, const T* feat, const Gradient<T>& image,
-                                     T* scratch, const Slopes<T>& to) {
+SAPWOOD_TARGET SAPWOOD_OUTLINE void differentiate_of(const Gaussian<T>& g, const T* feat,
+                                                     const Gradient<T>& image, T* scratch,
+                                                     const Slopes<T>& to) {
   using V = typename Lanes<T>::type;
   constexpr int L = Lanes<T>::count;
   const int64_t channels = C > 0 ? C : image.channels;
@@ -129,6 +130,7 @@ SAPWOOD_TARGET void differentiate_of(const Gaussian<T>& g, const T* feat, const 
   for (int64_t c = 0; c < channels; ++c) to.feat[c] = sum_lanes<T>(slopes[c]);
 }
 
+// What is not plain is rare and has one copy for any number of channels.
 template <int C, class T>
 SAPWOOD_TARGET void differentiate_channels(const Gaussian<T>& g, const T* feat,
                                            const Gradient<T>& image, T* scratch,
@@ -138,10 +140,10 @@ SAPWOOD_TARGET void differentiate_channels(const Gaussian<T>& g, const T* feat,
   const bool plain = image.finite && zero == 0 && !g.extreme;
   if (to.abs_mu != nullptr) {
     if (plain) return differentiate_of<C, true, true>(g, feat, image, scratch, to);
-    return differentiate_of<C, false, true>(g, feat, image, scratch, to);
+    return differentiate_of<0, false, true>(g, feat, image, scratch, to);
   }
   if (plain) return differentiate_of<C, true, false>(g, feat, image, scratch, to);
-  return differentiate_of<C, false, false>(g, feat, image, scratch, to);
+  return differentiate_of<0, false, false>(g, feat, image, scratch, to);
 }
 
 // scratch: room for channels * kPad elements, aligned to a cache line.

@@ -42,9 +42,17 @@ SAPWOOD_TARGET SAPWOOD_INLINE void draw(const Gaussian<T>& g, const T* feat, con
   }
 }
 
+// Rare: one copy for any number of channels.
+template <class T>
+SAPWOOD_TARGET SAPWOOD_OUTLINE void draw_carefully(const Gaussian<T>& g, const T* feat,
+                                                   const Band<T>& band) {
+  draw<0, false>(g, feat, band);
+}
+
 template <int C, class T>
-SAPWOOD_TARGET void draw_all_of(const Gaussian<T>* gaussians, const T* feat, const int32_t* ids,
-                                int64_t count, const Band<T>& band) {
+SAPWOOD_TARGET SAPWOOD_OUTLINE void draw_all_of(const Gaussian<T>* gaussians, const T* feat,
+                                                const int32_t* ids, int64_t count,
+                                                const Band<T>& band) {
   for (int64_t i = 0; i < count; ++i) {
     const T* f = feat + ids[i] * band.channels;
     T zero = 0;
@@ -52,7 +60,7 @@ SAPWOOD_TARGET void draw_all_of(const Gaussian<T>* gaussians, const T* feat, con
     if (zero == 0) {
       draw<C, true>(gaussians[ids[i]], f, band);
     } else {
-      draw<C, false>(gaussians[ids[i]], f, band);
+      draw_carefully(gaussians[ids[i]], f, band);
     }
   }
 }

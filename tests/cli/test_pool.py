@@ -89,7 +89,7 @@ def test_an_error_in_a_worker_names_the_run(
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupted_comparison_goes_on(tmp_path: Path, workers: int) -> None:
-    asked, seen = request(epochs=4), [0]
+    asked, seen = request(sparsities=(0.8,), epochs=4), [0]
 
     def interrupt(further: int) -> None:
         seen[0] += further

@@ -165,6 +165,16 @@ def test_depthwise_with_a_multiplier() -> None:
     assert small[2].out_channels == 4  # type: ignore[index]
 
 
+def test_a_multiplied_filter_that_is_left_alone_loses_rows_in_the_same_pass() -> None:
+    model = chain(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 4, 3, groups=2), nn.Conv2d(4, 2, 1))
+    for column in (1, 2, 3):
+        unread(model[3], column)
+    small, report = minimized(model, random(2, 2, 6, 6))
+    assert kept(report, "2") == [0]
+    _, second = minimized(small, random(2, 2, 6, 6))
+    assert second.plan.edits == []
+
+
 def test_groups_stay_even() -> None:
     model = chain(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2), nn.Conv2d(4, 2, 1))
     for column in (0, 1):

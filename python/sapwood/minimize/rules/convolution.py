@@ -114,7 +114,7 @@ def _convolved(step: Step, conv: _Convolution, path: str) -> Any:
         return opaque(step, f"{step.place}: {trouble}")
     if conv.groups == 1:
         return _dense(step, conv, path)
-    if conv.groups == conv.width:
+    if conv.groups == conv.width == len(conv.weight.value):
         return _depthwise(step, conv, path)
     return _grouped(step, conv, path)
 
@@ -193,20 +193,18 @@ def _folds(
 
 def _depthwise(step: Step, conv: _Convolution, path: str) -> Facts:
     view = channel_view(step, conv.x, 1)
-    multiplier = len(conv.weight.value) // conv.groups
     filtered = (conv.weight.value != 0).flatten(1).any(1)
-    kinds = torch.where(filtered, view.kinds.repeat_interleave(multiplier), CONSTANT)
+    kinds = torch.where(filtered, view.kinds, CONSTANT)
     kinds = torch.where(_uneven(conv, view), kinds.clamp(min=BY_POSITION), kinds)
     shape = [1, -1] + [1] * (conv.weight.ndim - 2)
     fields: tuple[Tensor, ...] = ()
     if view.atoms is not None:
-        writes = view.atoms.repeat_interleave(multiplier)
         for name in (conv.weight.source, None if conv.bias is None else conv.bias.source):
             if name is not None:
-                step.analysis.slot(name, 0, writes)
+                step.analysis.slot(name, 0, view.atoms)
         if conv.taps is not None:
-            step.analysis.slot(f"{path}.taps".lstrip("."), 0, writes)
-        fields = (writes.reshape(shape),)
+            step.analysis.slot(f"{path}.taps".lstrip("."), 0, view.atoms)
+        fields = (view.atoms.reshape(shape),)
     for field in view.rest:
         step.analysis.atoms.pin(field, f"{step.place} slides over channels")
     return Facts(step.value, compress(kinds.to(torch.uint8).reshape(shape)), fields)
