@@ -11,7 +11,7 @@ from sapwood.ops import CircuitSum, LogCircuit, Selector
 
 
 def addition(digits: int, base: int = 10) -> LogCircuit:
-    """Two numbers by their digits, least significant first: the mass of a sum given by its digits.
+    """The mass of a sum of two numbers, given by its digits, least significant first.
 
     Inputs are the heads of all digits in turn (2 * digits, base); the evidence has digits + 1 columns.
     """

@@ -300,7 +300,7 @@ def check_repeats(ops: Any, shape: Shape = (1, 17, 33, 16), device: str = "cpu")
 
 
 def check_circuits(ops: Any, seed: int, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Any circuit, with infinities and NaN in one row each; the gradient gathers what is passed on."""
+    """Any circuit, with infinities and NaN in one row each."""
     circuit, columns = log_circuits.anything(seed, 3 * (seed % 12), 5 * (seed % 9), 40)
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(3, 7, circuit.inputs // 3, generator=g)

@@ -1,7 +1,7 @@
-"""The steps of a plan as sum-product circuits: one op for all steps between two that have their own.
+"""The steps of a plan as sum-product circuits: one op for all that stand together.
 
 Listed steps, short chains and lists of unequal length become sums of a ``LogCircuit``, which walks
-them row by row. Most plans are one circuit; einsums, convolutions and long chains stand between two.
+them row by row. Most plans are one; einsums, convolutions and long chains have ops of their own.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ def pieces_of(plan: Plan, heads: Container[int]) -> list[Piece | Group]:
         heads: slots of leaves that the circuit has to normalise.
     """
     found: list[Piece | Group] = []
-    for together, own in itertools.groupby(plan.groups, has_circuit):
-        found += [_piece(plan, list(own), heads)] if together else own
+    for together, run in itertools.groupby(plan.groups, has_circuit):
+        own = list(run)
+        found += [_piece(plan, own, heads)] if together else own
     return found
 
 

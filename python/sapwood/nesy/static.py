@@ -159,7 +159,7 @@ def _tell(program: Program, reason: str) -> None:
 
 
 def _read(program: Program) -> tuple[Hashable, list[Tensor]]:
-    """What decides the structure, None where it has no hash, and the tensors among the arguments."""
+    """What decides the structure, None where it has no hash, and the tensors that are given."""
     function = program.function
     given, tensors = list[Hashable](), list[Tensor]()
     for value in (*program.arguments, *program.options.values()):

@@ -46,7 +46,7 @@ def _unpack(circuit: Tensor, counts: list[int]) -> _Tables:
 
 
 def _places(total: _Sum, evidence: Tensor | None, rows: int, columns: int) -> Tensor:
-    """(B, T, F) the columns that each row reads; ``columns`` is that of one, the next has no mass."""
+    """(B, T, F) the columns that each row reads; ``columns`` is a one, the next has no mass."""
     one, nothing = columns, columns + 1
     most_terms = max((len(terms) for terms in total.lists), default=0)
     most_factors = max((len(t) for terms in total.lists for t in terms), default=0) or 1

@@ -19,6 +19,26 @@ from torch import Tensor
 from sapwood.reference._log_circuit import log_circuit, log_circuit_backward
 from sapwood.reference._log_sums import logsumexp, softmax
 
+__all__ = [
+    "log_circuit",
+    "log_circuit_backward",
+    "log_matmul",
+    "log_matmul_backward",
+    "log_matmul_double_backward",
+    "log_scan",
+    "log_scan_backward",
+    "log_scan_path",
+    "logsumexp",
+    "max_matmul",
+    "sample_matmul",
+    "segment_logsumexp",
+    "segment_logsumexp_backward",
+    "segment_logsumexp_double_backward",
+    "segment_max",
+    "segment_softmax",
+    "softmax",
+]
+
 _MASK = (1 << 32) - 1
 
 

@@ -1,7 +1,8 @@
 """Sums and products in the log semiring, exact for -inf and at any scale of the logits.
 
 :func:`log_matmul` and what is built on it (:func:`log_einsum`, :func:`log_conv`), the max-plus twin
-and exact sampling, segments, chains, circuits, and elementwise functions with derivatives right at infinity.
+and exact sampling, segments, chains, circuits, and elementwise functions with derivatives right at
+infinity.
 """
 
 from sapwood.ops.logsemiring._circuit import CircuitSum, LogCircuit, Selector, log_circuit

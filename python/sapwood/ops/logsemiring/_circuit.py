@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -33,7 +34,7 @@ class Selector(NamedTuple):
     Args:
         column: of the evidence.
         first: the smallest value that is known.
-        count: how many values are known, one after the other; any other leaves the sum without mass.
+        count: how many values are known, one after the other; others leave the sum without mass.
         stride: by how many lists the next value is further on.
     """
 
@@ -203,7 +204,7 @@ def _levels(inputs: int, packed: _Packed) -> Ints:
     """By sum: one more than the highest level that it reads; inputs are level 0."""
     ends = packed.factor_ptr[packed.term_ptr[packed.list_ptr]]
     levels = np.zeros(inputs + len(ends) - 1, dtype=np.int64)
-    for number, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for number, (begin, end) in enumerate(itertools.pairwise(ends)):
         levels[inputs + number] = 1 + levels[packed.factors[begin:end]].max(initial=0)
     return levels[inputs:]
 
@@ -236,7 +237,7 @@ def log_circuit(x: Tensor, circuit: LogCircuit, evidence: Tensor | None = None) 
     in between.
 
     Args:
-        x: (B, n) logarithms of the inputs, or (m, B, k) with n = m k: m blocks side by side, as one
+        x: (B, n) logarithms of the inputs, or (m, B, k) with n = m k: m blocks side by side, as a
             network gives them for m inputs.
         circuit: a :class:`LogCircuit` of n inputs.
         evidence: (B, E) int64, what the selectors of the circuit read.

@@ -50,7 +50,7 @@ def _rows(value: Tensor, dim: int | None, size: int, rows: int) -> Tensor:
 
 
 def _vmap(call: Callable[..., Tensor], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    """One call with the rows of the whole batch; ``args`` are (grad,) x, evidence, circuit, counts."""
+    """One call with all rows of the batch; ``args`` are (grad,) x, evidence, circuit, counts."""
     size = info.batch_size
     *leading, x, evidence, circuit, counts = args
     *leading_dims, x_dim, evidence_dim, circuit_dim, _ = in_dims
