@@ -5,8 +5,9 @@
 // -1 as an integer, so that reading what was never written does not show the previous block's
 // value. Under AddressSanitizer everything in the arena but the declared arrays is poisoned.
 // A thread that returns early leaves its barriers, as on the device. Each warp has a barrier of its
-// own, so that a single warp may shuffle alone. Compile with SAPWOOD_EMU_SHUFFLE=seed to run the
-// blocks in a random order.
+// own, so that a single warp may shuffle alone. Shuffles, ballots and atomics order no other memory,
+// as on the device, so that they do not hide a missing barrier from ThreadSanitizer. Compile with
+// SAPWOOD_EMU_SHUFFLE=seed to run the blocks in a random order.
 #pragma once
 
 #include <algorithm>
@@ -35,6 +36,11 @@
 #else
 #define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
 #define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#endif
+
+#if defined(__SANITIZE_THREAD__)
+extern "C" void AnnotateIgnoreSyncBegin(const char* file, int line);
+extern "C" void AnnotateIgnoreSyncEnd(const char* file, int line);
 #endif
 
 #define __global__
@@ -178,30 +184,54 @@ inline void require_full(unsigned mask) {
   if (mask != 0xffffffffu) throw std::runtime_error("sapwood: warp operations take the full mask");
 }
 
+// While one exists, what its thread does to synchronise orders no memory for ThreadSanitizer.
+struct Unordered {
+#if defined(__SANITIZE_THREAD__)
+  Unordered() { AnnotateIgnoreSyncBegin(__FILE__, __LINE__); }
+  ~Unordered() { AnnotateIgnoreSyncEnd(__FILE__, __LINE__); }
+#else
+  Unordered() {}
+#endif
+  Unordered(const Unordered&) = delete;
+  Unordered& operator=(const Unordered&) = delete;
+};
+
+// A thread's place for what it exchanges.
+inline std::atomic_ref<uint64_t> slot_of(unsigned thread) {
+  return std::atomic_ref<uint64_t>(self.block->slot[thread]);
+}
+
 // Gives each lane the value of lane `source` of its warp, its own where `valid` is false.
 template <class T>
 T exchange(unsigned mask, T value, unsigned source, bool valid) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
   require_full(mask);
-  std::vector<uint64_t>& slot = self.block->slot;
-  std::memcpy(&slot[self.thread], &value, sizeof(T));
+  const Unordered unordered;
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  slot_of(self.thread).store(bits);
   sync_warp();
   T received = value;
   const unsigned from = self.thread / kWarpSize * kWarpSize + source;
-  if (valid && from < slot.size()) std::memcpy(&received, &slot[from], sizeof(T));
+  if (valid && from < self.block->slot.size()) {
+    bits = slot_of(from).load();
+    std::memcpy(&received, &bits, sizeof(T));
+  }
   sync_warp();
   return received;
 }
 
 inline unsigned ballot(unsigned mask, bool predicate) {
   require_full(mask);
-  std::vector<uint64_t>& slot = self.block->slot;
-  slot[self.thread] = predicate ? 1 : 0;
+  const Unordered unordered;
+  slot_of(self.thread).store(predicate ? 1 : 0);
   sync_warp();
+  const auto threads = static_cast<unsigned>(self.block->slot.size());
   const unsigned first = self.thread / kWarpSize * kWarpSize;
-  const unsigned last = std::min<unsigned>(first + kWarpSize, static_cast<unsigned>(slot.size()));
+  const unsigned last = std::min(first + kWarpSize, threads);
   unsigned votes = 0;
-  for (unsigned i = first; i < last; ++i) votes |= (slot[i] == 1 ? 1u : 0u) << (i - first);
+  for (unsigned i = first; i < last; ++i)
+    votes |= (slot_of(i).load() == 1 ? 1u : 0u) << (i - first);
   sync_warp();
   return votes;
 }
@@ -311,12 +341,12 @@ void launch(Kernel kernel, dim3 grid, dim3 block, size_t bytes, Args... args) {
   Team(grid, block, bytes, [=] { kernel(args...); }).run();
 }
 
-// Read-modify-write with a function of the old value; returns the old value.
+// Read-modify-write with a function of the old value; returns the old value. Relaxed, as CUDA's are.
 template <class T, class F>
 T update(T* address, F&& f) {
   std::atomic_ref<T> cell(*address);
-  T old = cell.load();
-  while (!cell.compare_exchange_weak(old, f(old))) {
+  T old = cell.load(std::memory_order_relaxed);
+  while (!cell.compare_exchange_weak(old, f(old), std::memory_order_relaxed)) {
   }
   return old;
 }
@@ -368,7 +398,8 @@ T atomicMin(T* address, T value) {
 }
 template <class T>
 T atomicCAS(T* address, T expected, T desired) {
-  std::atomic_ref<T>(*address).compare_exchange_strong(expected, desired);
+  std::atomic_ref<T>(*address).compare_exchange_strong(expected, desired,
+                                                       std::memory_order_relaxed);
   return expected;
 }
 
