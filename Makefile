@@ -91,9 +91,10 @@ sanitizer: $(STAMPS)/torch  ## the C++ tests under PRESET=asan or PRESET=tsan
 	cmake --build --preset $(PRESET)
 	ctest --test-dir build/$(PRESET) -j $(JOBS) --output-on-failure --timeout 600
 
-barriers: $(STAMPS)/package  ## removes each barrier of the CUDA kernels in turn: is it noticed?
+barriers: $(STAMPS)/torch  ## removes each barrier of the CUDA kernels in turn: is it noticed?
+	$(PIP) rich
 	$(CMAKE) --preset tsan
-	cmake --build --preset tsan
+	cmake --build --preset tsan --target device_programs
 	$(BIN)/python tools/check_barriers.py --json build/tsan/barriers.json
 
 # The tests that reach the kernels; those of memory beyond 2^31 elements cost too much here.

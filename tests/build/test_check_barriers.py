@@ -96,6 +96,21 @@ def test_results_of_the_same_program_are_kept(tmp_path: Path) -> None:
     assert program.is_file()
 
 
+def test_quickly_only_the_first_of_each_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = tmp_path / "tests" / "cpp"
+    programs.mkdir(parents=True)
+    pretender(programs)
+    monkeypatch.setattr(check_barriers, "barriers_of", lambda _: places(6))
+    for options, code, runs in ([], 1, 7), (["--quick"], 0, 8), (["--require", "50"], 0, 15):
+        monkeypatch.setattr(check_barriers, "TIMEOUT", 1.0)
+        monkeypatch.setattr("sys.argv", ["check_barriers", "--build", str(tmp_path), *options])
+        assert check_barriers.main() == code
+        assert (programs / "test_splat2d_device.runs").read_text().count("run") == runs
+    assert "1 of 1 noticed: 100.0 %" in capsys.readouterr().out
+
+
 def test_a_program_that_fails_as_it_is_shows_nothing(tmp_path: Path) -> None:
     pretender(tmp_path, "#!/bin/sh\nexit 1\n")
     with pytest.raises(SystemExit, match="test_splat2d_device fails as it is"):
