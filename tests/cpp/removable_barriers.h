@@ -1,4 +1,4 @@
-// Included before everything else in the programs that ThreadSanitizer watches. With
+// Included first where ThreadSanitizer watches the programs that drive the CUDA kernels. With
 // SAPWOOD_REMOVED_BARRIER=masked_matmul/cuda_csr.cuh:70 in the environment the __syncthreads() or
 // __syncwarp() of that line does nothing, so that one build shows for every barrier whether its absence
 // is noticed: tools/check_barriers.py.
