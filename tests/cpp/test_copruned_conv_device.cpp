@@ -271,13 +271,12 @@ int main() {
   const Geometry same{{3, 3}, {1, 1}, {1, 1}, {1, 1}}, other{{2, 3}, {2, 1}, {1, 2}, {1, 2}};
   check_read(Problem(8, 8, same, false, true));
   for (const bool masked : {false, true}) {
-    for (const bool one_block : {false, true}) {
-      for (const Problem& p :
-           {Problem(24, 40, same, false, masked), Problem(16, 8, other, false, masked),
-            Problem(8, 8, same, true, masked)}) {
-        check_outputs(p, one_block);
-        check_gradients(p, one_block);
-      }
+    const bool one_block = !masked;
+    for (const Problem& p :
+         {Problem(24, 40, same, false, masked), Problem(16, 8, other, false, masked),
+          Problem(8, 8, same, true, masked)}) {
+      check_outputs(p, one_block);
+      check_gradients(p, one_block);
     }
   }
   if (failures == 0) std::printf("all device kernels are right\n");
