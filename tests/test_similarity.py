@@ -53,7 +53,6 @@ def samples(make: Callable[..., tuple[Any, ...]]) -> list[Sample]:
 class TestRowNormalize(DifferentiableBattery):
     name = "row_normalize"
     vmappable = (0,)
-    in_double = False  # whether the inputs are of the type that everything is summed in
     samples = (
         Sample("4x5", (torch.randn(4, 5), "cosine"), (0,), frozenset({"main"})),
         Sample("3x4", (torch.randn(3, 4), "correlation"), (0,)),
@@ -71,12 +70,6 @@ class TestRowNormalize(DifferentiableBattery):
     def reduction(self, args: tuple[Any, ...]) -> int:
         return max(4, int(args[0].shape[1]))
 
-    @pytest.mark.smoke
-    @pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
-    def test_forward(self, sample: Sample, dtype: torch.dtype) -> None:
-        self.in_double = dtype == torch.float64
-        super().test_forward(sample, dtype)
-
     def magnitude(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Entries of a row of norm 1.
 
@@ -85,7 +78,7 @@ class TestRowNormalize(DifferentiableBattery):
         """
         x, kind = args
         ones = torch.ones_like(x)
-        if kind != "correlation" or not self.in_double or not x.numel():
+        if kind != "correlation" or self.precision != torch.float64 or not x.numel():
             return (ones,)
         spread = (x - x.mean(-1, keepdim=True)).norm(dim=-1, keepdim=True)
         enlarged = x.shape[-1] ** 0.5 * x.abs().amax(-1, keepdim=True) / spread
