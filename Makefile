@@ -28,7 +28,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 CMAKE = SAPWOOD_TORCH_DIR="$$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/torch" cmake
 .DELETE_ON_ERROR:
 .PHONY: help tour test experiment bench coverage coverage-kernels coverage-python docs wheel \
-  wheel-aarch64 test-wheel test-wheel-aarch64 lint build emulation sanitizer suite environment clean FORCE
+  wheel-aarch64 test-wheel test-wheel-aarch64 lint build emulation sanitizer barriers suite environment clean FORCE
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 28
@@ -90,6 +90,12 @@ sanitizer: $(STAMPS)/torch  ## the C++ tests under PRESET=asan or PRESET=tsan
 	$(CMAKE) --preset $(PRESET)
 	cmake --build --preset $(PRESET)
 	ctest --test-dir build/$(PRESET) -j $(JOBS) --output-on-failure --timeout 600
+
+barriers: $(STAMPS)/torch  ## removes each barrier of the CUDA kernels in turn: is it noticed?
+	$(PIP) rich
+	$(CMAKE) --preset tsan
+	cmake --build --preset tsan --target device_programs
+	$(BIN)/python tools/check_barriers.py --json build/tsan/barriers.json
 
 # The tests that reach the kernels; those of memory beyond 2^31 elements cost too much here.
 KERNEL_TESTS = $(foreach f,copruned_conv logsemiring masked_matmul similarity splat2d, \

@@ -85,6 +85,8 @@ class OpBattery:
     c: ClassVar[float] = 4.0
     #: False where the platform's GEMM does the sum: its order may follow alignment and threads
     bitwise: ClassVar[bool] = True
+    #: the type that the result under test was summed in, or a wider one; known in ``magnitude``
+    precision: torch.dtype = torch.float32
 
     def reduction(self, args: tuple[Any, ...]) -> int:
         """K of the error bound: the number of terms of one output."""
@@ -128,7 +130,8 @@ class OpBattery:
                 assert torch.equal(a, e)
             return
         wide = cast(args, torch.float64)
-        eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        self.precision = torch.float64 if dtype == torch.float64 else torch.float32
+        eps = torch.finfo(self.precision).eps
         half = torch.finfo(dtype).eps if dtype in HALVES else 0.0
         bounds = self.magnitude(wide)
         for a, e, m in zip(actual, outputs(self.reference(*wide)), bounds, strict=True):

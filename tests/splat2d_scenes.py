@@ -86,8 +86,17 @@ class Terms:
     def image(self, feat: Tensor) -> Tensor:  # (B, C, H, W)
         return torch.einsum("bnhw,bnc->bchw", self.w, feat.double())
 
-    def image_magnitude(self, feat: Tensor) -> Tensor:
-        terms = torch.where(self.w > 0, self.w * self.sensitivity, 0.0)
+    def _weights(self, precision: torch.dtype) -> Tensor:
+        """Weights times their sensitivity, and those lost whole that are no normal numbers.
+
+        Twice the smallest normal number, because rounding may put a weight below it.
+        """
+        limits = torch.finfo(precision)
+        lost = torch.where(self.w < 2 * limits.tiny, self.w / limits.eps, 0.0)
+        return torch.where(self.w > 0, self.w * self.sensitivity + lost, 0.0)
+
+    def image_magnitude(self, feat: Tensor, precision: torch.dtype) -> Tensor:
+        terms = self._weights(precision)
         return torch.einsum("bnhw,bnc->bchw", terms, feat.double().abs())
 
     def gradients(self, grad: Tensor, feat: Tensor) -> tuple[Tensor, ...]:
@@ -95,8 +104,10 @@ class Terms:
         s = self.w * torch.einsum("bnc,bchw->bnhw", feat.double(), grad.double())
         return self._moments(s, self.w, grad.double(), signed=True)
 
-    def gradient_magnitudes(self, grad: Tensor, feat: Tensor) -> tuple[Tensor, ...]:
-        weight = torch.where(self.w > 0, self.w * self.sensitivity, 0.0)
+    def gradient_magnitudes(
+        self, grad: Tensor, feat: Tensor, precision: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        weight = self._weights(precision)
         g = grad.double().abs()
         s = weight * torch.einsum("bnc,bchw->bnhw", feat.double().abs(), g)
         return self._moments(s, weight, g, signed=False)

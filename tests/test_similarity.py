@@ -71,7 +71,19 @@ class TestRowNormalize(DifferentiableBattery):
         return max(4, int(args[0].shape[1]))
 
     def magnitude(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        return (torch.ones_like(args[0]),)  # entries of a row of norm 1
+        """Entries of a row of norm 1.
+
+        A mean is rounded to eps of the largest entry, which the division by the norm of what is
+        left enlarges. All types but float64 are summed in a wider one, where that does not show.
+        """
+        x, kind = args
+        ones = torch.ones_like(x)
+        if kind != "correlation" or self.precision != torch.float64 or not x.numel():
+            return (ones,)
+        spread = (x - x.mean(-1, keepdim=True)).norm(dim=-1, keepdim=True)
+        enlarged = x.shape[-1] ** 0.5 * x.abs().amax(-1, keepdim=True) / spread
+        varies = (x != x[..., :1]).any(-1, keepdim=True)
+        return (torch.where(varies & (enlarged > 1), enlarged, 1.0).expand_as(x),)
 
 
 def exact_matrix(args: tuple[Any, ...], kind: str) -> Tensor:

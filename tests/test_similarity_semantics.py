@@ -125,6 +125,16 @@ def test_special_rows(kind: str, dtype: torch.dtype) -> None:
     assert not values[without].any()
 
 
+def test_correlation_of_entries_that_hardly_differ() -> None:
+    """What float64 rounds in the mean is enlarged by |x| / |x - mean|, and by no more."""
+    for gap in (1e-2, 1e-5, 1e-8):
+        x = torch.tensor([[1.0, 1.0 + gap], [3.0, 3.0 - gap]], dtype=torch.float64)
+        found = torch.ops.sapwood.row_normalize(x, "correlation")
+        exact = torch.tensor([[-1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5
+        enlarged = 2**0.5 * x.abs().amax(1, keepdim=True) / (gap / 2**0.5)
+        assert bool(((found - exact).abs() <= 2 * torch.finfo(x.dtype).eps * enlarged).all())
+
+
 @pytest.mark.filterwarnings("ignore:sapwood")
 def test_rows_that_are_not_finite_are_infinitely_far() -> None:
     x = special(torch.float64)

@@ -80,7 +80,8 @@ class TestSplat2d(DifferentiableBattery):
     def magnitude(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         mu, chol, feat, _, height, width, cutoff = args
         mu = torch.where(mu.isfinite(), mu, 1e9)
-        return (Terms(mu, chol, (height, width), cutoff).image_magnitude(feat),)
+        terms = Terms(mu, chol, (height, width), cutoff)
+        return (terms.image_magnitude(feat, self.precision),)
 
 
 class TestSplat2dBackward(DifferentiableBattery):
@@ -111,7 +112,8 @@ class TestSplat2dBackward(DifferentiableBattery):
     def magnitude(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         grad, mu, chol, feat, _, cutoff, stats = args
         mu = torch.where(mu.isfinite(), mu, 1e9)
-        found = Terms(mu, chol, tuple(grad.shape[2:]), cutoff).gradient_magnitudes(grad, feat)
+        terms = Terms(mu, chol, tuple(grad.shape[2:]), cutoff)
+        found = terms.gradient_magnitudes(grad, feat, self.precision)
         return (*found[:3], found[3] if stats else found[3][:, :0])
 
 

@@ -171,6 +171,21 @@ def test_far_away_and_out_of_range(dtype: torch.dtype) -> None:
     assert point[0, 3, 3].item() == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_that_are_no_normal_numbers_are_zero(dtype: torch.dtype) -> None:
+    """Of a round Gaussian on a row of pixels, with weights that fall to 0 within the image."""
+    tiny = torch.finfo(dtype).tiny
+    width = 50
+    mu, chol = torch.zeros(1, 2, dtype=dtype), torch.tensor([[1.0, 0.0, 1.0]], dtype=dtype)
+    row = splat2d(mu, chol, torch.ones(1, 1, dtype=dtype), (1, width), cutoff=math.inf)[0, 0]
+    exact = [math.exp(-(x**2) / 2) for x in range(width)]
+    drawn = [w for w in exact if w > 1.01 * tiny]
+    wanted = torch.tensor(drawn, dtype=dtype)
+    torch.testing.assert_close(row[: len(drawn)], wanted, rtol=1e-4, atol=0.0)
+    assert bool((row[len(drawn) + 1 :] == 0).all())
+    assert 0 < len(drawn) < width - 1
+
+
 def test_rendering_twice_as_large_and_averaging() -> None:
     """A shift of half a pixel would show: centres lie at integers, so x' = 2 x + 1/2."""
     scene = random_scene(1, 60, 3, (48, 64), sigma=4.0)

@@ -5,8 +5,9 @@
 // -1 as an integer, so that reading what was never written does not show the previous block's
 // value. Under AddressSanitizer everything in the arena but the declared arrays is poisoned.
 // A thread that returns early leaves its barriers, as on the device. Each warp has a barrier of its
-// own, so that a single warp may shuffle alone. Compile with SAPWOOD_EMU_SHUFFLE=seed to run the
-// blocks in a random order.
+// own, so that a single warp may shuffle alone. Shuffles, ballots and atomics order no other memory,
+// as on the device, so that they do not hide a missing barrier from ThreadSanitizer. Compile with
+// SAPWOOD_EMU_SHUFFLE=seed to run the blocks in a random order.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +18,6 @@
 #include <cstring>
 #include <exception>
 #include <functional>
-#include <memory>
 #include <mutex>
 #include <numeric>
 #include <random>
@@ -27,16 +27,7 @@
 #include <type_traits>
 #include <vector>
 
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
-#define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
-#endif
+#include "common/emulated_block.h"
 
 #define __global__
 #define __device__
@@ -65,116 +56,6 @@ inline thread_local dim3 blockDim, gridDim;
 
 namespace sapwood::emulation {
 
-inline constexpr unsigned kWarpSize = 32;
-inline constexpr size_t kLine = 64;                // alignment and redzone of a shared array, bytes
-inline constexpr size_t kSharedLimit = 48 * 1024;  // what a kernel gets without asking for more
-inline constexpr uint64_t kAbsent = ~uint64_t{0};  // exchange slot of a thread that has returned
-
-constexpr size_t round_up(size_t n, size_t to) {
-  return (n + to - 1) / to * to;
-}
-
-// std::barrier, but a waiting thread sleeps at once. The standard one yields a few times first, and
-// a yield hands a whole time slice to any busy process of the machine.
-class Barrier {
- public:
-  explicit Barrier(unsigned threads) : expected_(threads), remaining_(threads) {}
-
-  void arrive_and_wait() {
-    const uint32_t phase = phase_.load();
-    if (remaining_.fetch_sub(1) == 1) return complete();
-    while (phase_.load() == phase) {
-      syscall(SYS_futex, &phase_, FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0);
-    }
-  }
-
-  void arrive_and_drop() {
-    expected_.fetch_sub(1);
-    if (remaining_.fetch_sub(1) == 1) complete();
-  }
-
- private:
-  void complete() {
-    remaining_.store(expected_.load());
-    phase_.fetch_add(1);
-    syscall(SYS_futex, &phase_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
-  }
-
-  static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t));
-  std::atomic<uint32_t> phase_ = 0;
-  std::atomic<unsigned> expected_, remaining_;
-};
-
-// State of the block that runs now.
-struct Block {
-  struct alignas(kLine) Line {
-    unsigned char bytes[kLine];
-  };
-  std::vector<Line> arena;
-  size_t dynamic_bytes = 0;
-  std::unique_ptr<Barrier> all;                // __syncthreads
-  std::vector<std::unique_ptr<Barrier>> warp;  // __syncwarp and shuffles
-  std::vector<uint64_t> slot;                  // one exchange slot per thread
-
-  unsigned char* base() { return arena.front().bytes; }
-  size_t capacity() const { return arena.size() * kLine; }
-
-  void reset(unsigned threads) {
-    ASAN_UNPOISON_MEMORY_REGION(base(), capacity());
-    std::memset(base(), 0xFF, capacity());
-    ASAN_POISON_MEMORY_REGION(base(), capacity());
-    all = std::make_unique<Barrier>(threads);
-    warp.clear();
-    for (unsigned first = 0; first < threads; first += kWarpSize) {
-      warp.push_back(std::make_unique<Barrier>(std::min(kWarpSize, threads - first)));
-    }
-    slot.assign(threads, kAbsent);
-  }
-
-  ~Block() {
-    if (!arena.empty()) ASAN_UNPOISON_MEMORY_REGION(base(), capacity());
-  }
-};
-
-// What a thread of the team knows of itself.
-struct Self {
-  Block* block = nullptr;
-  unsigned thread = 0;
-  size_t next = 0;    // where the next shared array starts in the arena
-  size_t shared = 0;  // bytes of shared memory declared so far
-};
-inline thread_local Self self;
-
-inline unsigned char* take_shared(size_t bytes) {
-  const size_t at = self.next;
-  self.next = round_up(at + bytes, kLine) + kLine;
-  self.shared += round_up(bytes, 16);
-  if (self.shared > kSharedLimit || self.next > self.block->capacity()) {
-    throw std::runtime_error("sapwood: a kernel declares more than 48 KiB of shared memory");
-  }
-  unsigned char* address = self.block->base() + at;
-  ASAN_UNPOISON_MEMORY_REGION(address, bytes);
-  return address;
-}
-
-// Every thread declares the same arrays in the same order and so gets the same addresses.
-template <class T>
-T* shared(size_t count) {
-  return reinterpret_cast<T*>(take_shared(count * sizeof(T)));
-}
-
-template <class T>
-T* dynamic_shared() {
-  return reinterpret_cast<T*>(take_shared(self.block->dynamic_bytes));
-}
-
-inline void sync_block() {
-  self.block->all->arrive_and_wait();
-}
-inline void sync_warp() {
-  self.block->warp[self.thread / kWarpSize]->arrive_and_wait();
-}
-
 inline void require_full(unsigned mask) {
   if (mask != 0xffffffffu) throw std::runtime_error("sapwood: warp operations take the full mask");
 }
@@ -184,25 +65,32 @@ template <class T>
 T exchange(unsigned mask, T value, unsigned source, bool valid) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
   require_full(mask);
-  std::vector<uint64_t>& slot = self.block->slot;
-  std::memcpy(&slot[self.thread], &value, sizeof(T));
+  const Unordered unordered;
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  slot_of(self.thread).store(bits);
   sync_warp();
   T received = value;
   const unsigned from = self.thread / kWarpSize * kWarpSize + source;
-  if (valid && from < slot.size()) std::memcpy(&received, &slot[from], sizeof(T));
+  if (valid && from < self.block->slot.size()) {
+    bits = slot_of(from).load();
+    std::memcpy(&received, &bits, sizeof(T));
+  }
   sync_warp();
   return received;
 }
 
 inline unsigned ballot(unsigned mask, bool predicate) {
   require_full(mask);
-  std::vector<uint64_t>& slot = self.block->slot;
-  slot[self.thread] = predicate ? 1 : 0;
+  const Unordered unordered;
+  slot_of(self.thread).store(predicate ? 1 : 0);
   sync_warp();
+  const auto threads = static_cast<unsigned>(self.block->slot.size());
   const unsigned first = self.thread / kWarpSize * kWarpSize;
-  const unsigned last = std::min<unsigned>(first + kWarpSize, static_cast<unsigned>(slot.size()));
+  const unsigned last = std::min(first + kWarpSize, threads);
   unsigned votes = 0;
-  for (unsigned i = first; i < last; ++i) votes |= (slot[i] == 1 ? 1u : 0u) << (i - first);
+  for (unsigned i = first; i < last; ++i)
+    votes |= (slot_of(i).load() == 1 ? 1u : 0u) << (i - first);
   sync_warp();
   return votes;
 }
@@ -320,12 +208,12 @@ void launch(Kernel kernel, dim3 grid, dim3 block, size_t bytes, Args... args) {
   Team(grid, block, bytes, [=] { kernel(args...); }).run();
 }
 
-// Read-modify-write with a function of the old value; returns the old value.
+// Read-modify-write with a function of the old value; returns the old value. Relaxed, as CUDA's are.
 template <class T, class F>
 T update(T* address, F&& f) {
   std::atomic_ref<T> cell(*address);
-  T old = cell.load();
-  while (!cell.compare_exchange_weak(old, f(old))) {
+  T old = cell.load(std::memory_order_relaxed);
+  while (!cell.compare_exchange_weak(old, f(old), std::memory_order_relaxed)) {
   }
   return old;
 }
@@ -377,7 +265,8 @@ T atomicMin(T* address, T value) {
 }
 template <class T>
 T atomicCAS(T* address, T expected, T desired) {
-  std::atomic_ref<T>(*address).compare_exchange_strong(expected, desired);
+  std::atomic_ref<T>(*address).compare_exchange_strong(expected, desired,
+                                                       std::memory_order_relaxed);
   return expected;
 }
 

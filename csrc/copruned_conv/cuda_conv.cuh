@@ -157,8 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv_kernel(Conv<S> c) {
       }
     }
     for (int tap = 0; tap < static_cast<int>(c.taps.count); ++tap) {
-      __syncthreads();
-      if (tid < kPixels) {
+      if (tid < kPixels) {  // a barrier has followed every read of the previous tap's
         int64_t i, j;
         const bool inside = first + tid < pixels && c.locate(b, first + tid, &i, &j);
         sources[tid] = inside ? c.source(b, i, j, tap) : -1;

@@ -235,6 +235,7 @@ SAPWOOD_HD inline double share_of(bool maximum, double weight, double top, doubl
 }
 
 // Buffers of the backward walk: gradients of two neighbouring states, maxima and weights (B, 4, R, k).
+// A thread alone writes and reads its entries of the gradients; maxima and weights are read by all.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     scan_backward_kernel(Chain<T> t, ChainShape s, const double* states, const double* grad,
@@ -246,7 +247,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     double *tops = before + width, *weights = tops + width;
     const double* given = grad + b * (s.length + 1) * width;
     for (unsigned e = threadIdx.x; e < width; e += kThreads) now[e] = given[s.length * width + e];
-    __syncthreads();
     for (int64_t l = s.length - 1; l >= 0; --l) {
       const double* u = states + (b * (s.length + 1) + l) * width;
       for (unsigned e = threadIdx.x; e < width; e += kThreads) {
@@ -290,7 +290,6 @@ __global__ void __launch_bounds__(kThreads, 2)
       before = swapped;
     }
     for (unsigned e = threadIdx.x; e < width; e += kThreads) dinit[b * width + e] = now[e];
-    __syncthreads();
   }
 }
 

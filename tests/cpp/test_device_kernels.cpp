@@ -1,8 +1,10 @@
 // The device kernels of masked_matmul through their launch functions, against sums in double. It
 // needs no torch library, so ThreadSanitizer can watch every kernel.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -212,9 +214,47 @@ void run(const Problem& p) {
   check_sampled(p, packed, dot);
 }
 
+// One block for all tiles, as where there are more of them than a grid may have blocks.
+void check_panels_of_one_block(const Problem& p) {
+  const int64_t padded = panel_count(p.batch, kWarp) * kWarp;
+  std::vector<float> panels(padded * p.k, NAN);
+  auto kernel = panel_kernel<float, kWarp>;
+  SAPWOOD_LAUNCH(kernel, 1, kThreads, 0, nullptr, Strided<float>{p.x.data(), p.k, 1}, p.batch, p.k,
+                 panels.data());
+  bool right = true;
+  for (int64_t b = 0; b < padded; ++b) {
+    for (int64_t c = 0; c < p.k; ++c) {
+      const float wanted = b < p.batch ? p.x[b * p.k + c] : 0.0f;
+      right &= panels[(b / kWarp * p.k + c) * kWarp + b % kWarp] == wanted;
+    }
+  }
+  expect(right, p.name("panels"));
+}
+
+void check_row_order_of_one_block(int64_t n) {
+  std::mt19937 random(5);
+  std::vector<int64_t> row_ptr{0};
+  for (int64_t row = 0; row < n; ++row) {
+    row_ptr.push_back(row_ptr.back() + std::uniform_int_distribution<int64_t>(0, 9)(random));
+  }
+  std::vector<int32_t> order(n, -1), wanted(n);
+  SAPWOOD_LAUNCH(row_order_kernel<>, 1, kThreads, 0, nullptr, row_ptr.data(), n, order.data());
+  std::iota(wanted.begin(), wanted.end(), 0);
+  const auto longer = [&](int32_t a, int32_t b) {
+    return row_ptr[a + 1] - row_ptr[a] > row_ptr[b + 1] - row_ptr[b];
+  };
+  for (int64_t first = 0; first < n; first += kOrderChunk) {
+    std::stable_sort(wanted.begin() + first,
+                     wanted.begin() + std::min<int64_t>(first + kOrderChunk, n), longer);
+  }
+  expect(order == wanted, "row order of " + std::to_string(n));
+}
+
 }  // namespace
 
 int main() {
+  check_panels_of_one_block({40, 2, 70, 0.5});
+  check_row_order_of_one_block(300);
   run({1, 5, 37, 0.5});
   run({3, 18, 64, 0.3});
   run({8, 9, 130, 0.9});

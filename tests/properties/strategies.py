@@ -1,12 +1,18 @@
-"""Arguments of ops as hypothesis draws them: sizes, types, layouts, values."""
+"""Arguments of ops as hypothesis draws them: sizes, types, layouts, values; and how many.
+
+Each property is shown 200 examples, the same in every run. ``PROPERTY_EXAMPLES=10000`` draws that
+many instead, and others in every run but with the same ``--hypothesis-seed``.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,6 +21,23 @@ from tests.check_op import OpBattery
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "contiguous", "transposed", "sliced", "expanded", "offset", "reordered")
 SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33)  # around the widths of vectors and tiles
+
+
+def example_settings(given: str | None) -> settings:
+    """What every property runs with: ``given`` is the value of PROPERTY_EXAMPLES, if it is set."""
+    if given is not None and not (given.isdecimal() and int(given) > 0):
+        raise ValueError(f"PROPERTY_EXAMPLES must be a positive number, got {given!r}")
+    return settings(
+        max_examples=200 if given is None else int(given),
+        derandomize=given is None,
+        database=None,
+        print_blob=True,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+
+
+EXAMPLES = example_settings(os.environ.get("PROPERTY_EXAMPLES"))
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sapwood import ops
 from sapwood.reference import logsemiring as reference
-from tests.properties.strategies import laid_out
+from tests.properties.strategies import EXAMPLES, laid_out
 
 SPECIAL = (-torch.inf, torch.inf, torch.nan)
 SCALES = (1.0, 30.0, 1e4)
 LAYOUTS = ("contiguous", "sliced", "offset", "transposed")
-EXAMPLES = settings(max_examples=200, derandomize=True, deadline=None)
 
 sizes = st.integers(0, 9)
 

@@ -1,4 +1,4 @@
-"""Every op, 200 examples each: within its bounds of the float64 reference, whatever the layout."""
+"""Every op: within its bounds of the float64 reference, whatever the shape, type and layout."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from tests.check_op import Sample, outputs
 from tests.properties import copruned_conv, logsemiring, masked_matmul, similarity, splat2d
-from tests.properties.strategies import Arguments, Property, examples
+from tests.properties.strategies import (
+    EXAMPLES,
+    Arguments,
+    Property,
+    example_settings,
+    examples,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc" / "schema.cpp").read_text())
@@ -24,17 +30,23 @@ PROPERTIES = {
     **splat2d.PROPERTIES,
     **copruned_conv.PROPERTIES,
 }
-EXAMPLES = settings(
-    max_examples=200,
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
 
 
 def test_every_op_has_a_property() -> None:
     assert sorted(PROPERTIES) == sorted(SCHEMA)
     assert all(p.battery.name == op for op, p in PROPERTIES.items())
+
+
+def test_the_number_of_examples_can_be_chosen() -> None:
+    usual, nightly = example_settings(None), example_settings("10000")
+    assert (usual.max_examples, usual.derandomize) == (200, True)
+    assert (nightly.max_examples, nightly.derandomize) == (10_000, False)
+
+
+@pytest.mark.parametrize("given_", ["0", "-1", "many", ""])
+def test_a_number_of_examples_must_be_positive(given_: str) -> None:
+    with pytest.raises(ValueError, match="PROPERTY_EXAMPLES must be a positive number, got "):
+        example_settings(given_)
 
 
 def test_only_the_platforms_products_may_follow_the_threads() -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sapwood import ops
 from sapwood.reference import similarity as reference
-from tests.properties.strategies import DTYPES, laid_out
+from tests.properties.strategies import DTYPES, EXAMPLES, laid_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:sapwood.*rows hold NaN:RuntimeWarning")
 
@@ -97,7 +97,7 @@ def assert_values(value: Tensor, exact: Tensor, band: Tensor) -> None:
     assert bool(((value == rounded) | near).all())
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
+@EXAMPLES
 @given(case=cases(), share=st.floats(0.0, 1.0))
 def test_any_pairs(case: Case, share: float) -> None:
     s, band = case.exact()
@@ -120,7 +120,7 @@ def test_any_pairs(case: Case, share: float) -> None:
     assert all(torch.equal(a, b) for a, b in zip(pairs, plain, strict=True))
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
+@EXAMPLES
 @given(case=cases(), k=st.integers(1, 70))
 def test_any_topk(case: Case, k: int) -> None:
     s, band = case.exact()
