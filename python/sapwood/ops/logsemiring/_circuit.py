@@ -34,13 +34,13 @@ class Selector(NamedTuple):
     Args:
         column: of the evidence.
         first: the smallest value that is known.
-        count: how many values are known, one after the other; others leave the sum without mass.
+        size: how many values are known, one after the other; others leave the sum without mass.
         stride: by how many lists the next value is further on.
     """
 
     column: int
     first: int
-    count: int
+    size: int
     stride: int = 1
 
 
@@ -164,9 +164,9 @@ def _pack(inputs: int, sums: Sequence[CircuitSum]) -> _Packed:
     none = np.empty(0, dtype=np.int64)
     terms_of, factors_of, factors = [none], [none], [none]  # by list, by term, all
     for number, total in enumerate(sums):
-        last = sum((s.count - 1) * s.stride for s in total.selectors)
+        last = sum((s.size - 1) * s.stride for s in total.selectors)
         for s in total.selectors:
-            if s.column < 0 or s.count < 1 or s.stride < 0:
+            if s.column < 0 or s.size < 1 or s.stride < 0:
                 _check.fail(ValueError, "LogCircuit", f"selectors of sum {number}", "count up", s)
         if last >= len(total.lists):
             want = f"reach at most the last of {len(total.lists)} lists"

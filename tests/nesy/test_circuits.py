@@ -1,9 +1,9 @@
-"""The fused way through a plan against the joint, and against the steps one after the other."""
+"""Plans as circuits against the joint, and against their steps one after the other."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sapwood import nesy
-from sapwood.nesy import chain, mnist_add, workspace
+from sapwood.nesy import circuits, mnist_add, static
+from sapwood.nesy.circuits import Piece
+from sapwood.nesy.execute import Execution
 from sapwood.nesy.plan import PLANS, Plan, Query
-from sapwood.nesy.stages import Stage
 from sapwood.nesy.trace import Keys
+from sapwood.ops import logsumexp
 from tests.nesy.random_programs import Script
 
 
@@ -53,35 +55,54 @@ def long_addition(n: int, dtype: torch.dtype = torch.float64) -> tuple[Any, Tens
     return mnist_add.sentence(reader, n), logits, sums
 
 
-def truth(formula: Any, logits: Tensor, sums: Tensor, n: int) -> Tensor:
+def program_of(formula: Any, logits: Tensor, sums: Tensor, n: int) -> nesy.Program:
     xs, ys = logits.unbind()
     if n == 1:
         xs, ys, sums = xs[:, 0], ys[:, 0], sums[:, 0] + 10 * sums[:, 1]
-    found: Tensor = formula(xs, ys, nesy.observed(sums)).log_truth()
+    found: nesy.Program = formula(xs, ys, nesy.observed(sums))
     return found
 
 
+def truth(formula: Any, logits: Tensor, sums: Tensor, n: int) -> Tensor:
+    return program_of(formula, logits, sums, n).log_truth()
+
+
+def traced(program: nesy.Program) -> Tensor:
+    """What a program does whose structure is not remembered."""
+    return program._mass(program._traced(), Query.TRUTH)
+
+
+def step_by_step(program: nesy.Program) -> Tensor:
+    """One sum after the other, as for sums that have no op."""
+    keys, found = Keys(), program._traced()
+    plan = PLANS.get(found, keys, Query.TRUTH)
+    columns = [c.values for c in keys.columns]
+    reduce = lambda x: logsumexp(x, -1)  # noqa: E731  not the sum that circuits take
+    return Execution(plan, keys.leaves, columns, found.batch, program.dtype, reduce=reduce).run()
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 15])
-def test_fused_equals_step_by_step(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values, first and second derivatives; with six digits the carries are one scan."""
+def test_all_ways_are_the_same(n: int) -> None:
+    """Values, first and second derivatives; with six digits the carries are a chain."""
     formula, logits, sums = long_addition(n)
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).double()
 
-    def derivatives() -> tuple[Tensor, Tensor, Tensor]:
+    def derivatives(way: Callable[[nesy.Program], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         x = logits.clone().requires_grad_()
-        value = truth(formula, x, sums, n)
+        value = way(program_of(formula, x, sums, n))
         (first,) = torch.autograd.grad(value.exp().sum(), x, create_graph=True)
         (second,) = torch.autograd.grad((first * direction).sum(), x)
-        (plain,) = torch.autograd.grad(truth(formula, x, sums, n).exp().sum(), x)
-        torch.testing.assert_close(plain, first.detach(), rtol=1e-12, atol=1e-14)
+        plain = way(program_of(formula, x, sums, n))
+        (once,) = torch.autograd.grad(plain.exp().sum(), x)
+        torch.testing.assert_close(once, first.detach(), rtol=1e-12, atol=1e-14)
         return value.detach(), first.detach(), second
 
-    found = derivatives()
-    monkeypatch.setattr(workspace, "run", workspace.plain)
-    for one, other in zip(found, derivatives(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
-    assert found[0][3] == -torch.inf
-    assert bool((found[1][:, 3] == 0).all())
+    expected = derivatives(step_by_step)
+    for way in (traced, nesy.Program.log_truth):
+        for one, other in zip(derivatives(way), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+    assert expected[0][3] == -torch.inf
+    assert bool((expected[1][:, 3] == 0).all())
 
 
 @pytest.mark.parametrize("n", [1, 4, 15])
@@ -97,18 +118,24 @@ def plan_of(program: nesy.Program) -> Plan:
     return PLANS.get(program._traced(), Keys(), Query.TRUTH)
 
 
-@pytest.mark.parametrize(("n", "stages"), [(1, 1), (2, 2), (4, 3), (15, 2)])
-def test_steps_of_one_level_are_one_stage(n: int, stages: int) -> None:
-    formula, logits, sums = long_addition(n)
-    xs, ys = logits.unbind()
-    data = (xs[:, 0], ys[:, 0], sums[:, 0]) if n == 1 else (xs, ys, sums)
-    layout = plan_of(formula(data[0], data[1], nesy.observed(data[2]))).layout
-    assert sum(isinstance(step, Stage) for step in layout.steps) == stages
-    assert len(layout.steps) - stages == int(n == 15)  # the scan
+@pytest.mark.parametrize(("n", "sums"), [(1, 1), (2, 5), (4, 15), (15, 56 + 24 + 1)])
+def test_an_addition_is_one_circuit(n: int, sums: int) -> None:
+    """Two results for each carry in and out, twelve matrices of a chain, and the last sum."""
+    formula, logits, data = long_addition(n)
+    program = program_of(formula, logits, data, n)
+    (piece,), heads = plan_of(program).pieces(frozenset([0]))
+    assert isinstance(piece, Piece)
+    assert piece.circuit.num_sums == sums
+    assert heads == {0}
+    remembered = static._known
+    program.log_truth()
+    found = remembered[static._read(program)[0]]
+    assert found is not None
+    assert found.direct is not None
 
 
 def test_supports_without_order_beside_integers() -> None:
-    """Two columns in one stage: integers by subtraction, others by search; floats as data."""
+    """Two columns of one circuit: integers as they are, others by search; floats as data."""
     first = nesy.Categorical(nn.Identity(), [5, 0, 2], name="gaps")
     second = nesy.Categorical(nn.Identity(), range(3), name="run")
     x = torch.randn(6, 3, dtype=torch.float64)
@@ -162,52 +189,41 @@ def test_the_graph_can_be_walked_twice() -> None:
 
 
 def test_long_chains_are_left_to_the_public_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the plan is two circuits and a step, and the heads are normalised before."""
     formula, logits, sums = long_addition(8)
     expected = truth(formula, logits.requires_grad_(), sums, 8)
-    monkeypatch.setattr(workspace, "_LONG", 2)
+    monkeypatch.setattr(circuits, "_LONGEST_CHAIN", 2)
+    fresh, _, _ = long_addition(8)
+    plan = plan_of(program_of(fresh, logits, sums, 8))
+    monkeypatch.setattr(plan, "_pieces", {})
     x = logits.detach().clone().requires_grad_()
-    found = truth(formula, x, sums, 8)
+    found = truth(fresh, x, sums, 8)
+    pieces, heads = plan.pieces(frozenset([0]))
+    assert [isinstance(piece, Piece) for piece in pieces] == [True, False, True]
+    assert not heads
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
     (own,) = torch.autograd.grad(found[:3].sum(), x)
     (other,) = torch.autograd.grad(expected[:3].sum(), logits)
     torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-14)
-    assert chain.slot_of(torch.zeros(6, 5), 2).shape == (3, 2, 5)
 
 
-def test_logarithms_wider_than_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As autocast has it on a GPU: logits in bfloat16, their log_softmax in float32."""
-    widened = lambda x, dim: x.float().log_softmax(dim)  # noqa: E731
-    monkeypatch.setattr(torch, "log_softmax", widened)
-    digit = nesy.Categorical(nn.Identity(), range(10), name="digit")
+@pytest.mark.parametrize("remembered", [True, False])
+def test_logits_of_autocast_are_normalised_in_float32(remembered: bool) -> None:
+    net = nn.Linear(10, 10)
+    digit = nesy.Categorical(net, range(10), name="digit")
     generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(2, 6, 10, generator=generator).bfloat16().requires_grad_()
+    images = torch.randn(2, 6, 10, generator=generator)
     n = torch.randint(19, (6,), generator=generator)
-    found = mnist_add.sentence(digit, 1)(*logits.unbind(), nesy.observed(n)).log_truth()
+    program = mnist_add.sentence(digit, 1)(*images.unbind(), nesy.observed(n))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = program.log_truth() if remembered else traced(program)
+        logits = net(images)
     assert found.dtype == torch.float32
     log_p, log_q = logits.double().log_softmax(-1).unbind()
     pairs = (log_p.unsqueeze(2) + log_q.unsqueeze(1)).flatten(1)
     sums = (torch.arange(10).unsqueeze(1) + torch.arange(10)).flatten()
     expected = pairs.masked_fill(sums != n.unsqueeze(1), -math.inf).logsumexp(1)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    (own,) = torch.autograd.grad(found.sum(), logits)
-    (other,) = torch.autograd.grad(expected.sum(), logits)
-    assert own.dtype == torch.bfloat16
-    torch.testing.assert_close(own, other, rtol=2**-7, atol=1e-6)
-
-
-def test_tables_move_to_a_device_once() -> None:
-    formula, logits, sums = long_addition(4)
-    xs, ys = logits.unbind()
-    layout = plan_of(formula(xs, ys, nesy.observed(sums))).layout
-    device = torch.device("meta")
-    moved = layout.on(device)
-    assert moved is layout.on(device)
-    assert layout.on(torch.device("cpu")) is layout
-    stages = [step for step in moved.steps if isinstance(step, Stage)]
-    assert set(map(id, moved.stage_of.values())) == set(map(id, stages))
-    assert moved.stage_of.keys() == layout.stage_of.keys()
-    assert moved.lookups is not None
-    tables = [moved.lookups.which, moved.lookups.low, moved.lookups.high]
-    for stage in stages:
-        tables += [stage.table, stage.first, stage.segments, *stage.ranks]
-    assert {table.device for table in tables} == {device}
+    found.sum().backward()
+    assert net.weight.grad is not None
+    assert net.weight.grad.isfinite().all()
