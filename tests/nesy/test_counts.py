@@ -204,10 +204,10 @@ evidence:
   (t1 // 10) = data[2]
 steps:
   1. sum out digit[0], digit[1] -> (((digit[0] + digit[1]) + 0) // 10): 20 terms, listed entries, \
-log-sum-exp
+log_circuit
   2. sum out digit[2], digit[3], (digit[2] + digit[3]) -> (((digit[0] + digit[1]) + 0) // 10): \
-20 terms, listed entries, log-sum-exp
-  3. sum out (((digit[0] + digit[1]) + 0) // 10): 2 terms, listed entries, log-sum-exp
+20 terms, listed entries, log_circuit
+  3. sum out (((digit[0] + digit[1]) + 0) // 10): 2 terms, listed entries, log_circuit
 total: 42 terms per row in 3 grouped operations
 network calls: digit once, 4 inputs per row"""
 

@@ -1,7 +1,7 @@
 """The steps of a plan as sum-product circuits: one op for all that stand together.
 
-Listed steps, short chains and lists of unequal length become sums of a ``LogCircuit``, which walks
-them row by row. Most plans are one; einsums, convolutions and long chains have ops of their own.
+Listed steps and short chains become sums of a ``LogCircuit``, which walks them row by row. Most
+plans are one; einsums, convolutions and long chains have ops of their own.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def has_circuit(group: Group) -> bool:
     """Whether a step can be part of a circuit."""
     if group.kernel is None:
         return (len(group.inputs) - 1) * group.kept_size**2 <= _LONGEST_CHAIN
-    return group.kernel.kind in ("gather", "segments")
+    return group.kernel.kind == "listed"
 
 
 def pieces_of(plan: Plan, heads: Container[int]) -> list[Piece | Group]:

@@ -8,8 +8,7 @@ from sapwood.nesy.plan import PathPlan, Plan, Query
 from sapwood.nesy.trace import Keys
 
 _KINDS = {
-    "gather": "listed entries, log-sum-exp",
-    "segments": "segment_logsumexp",
+    "listed": "listed entries, log_circuit",
     "einsum": "log_einsum",
     "convolution": "log_conv",
 }

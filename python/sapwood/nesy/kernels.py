@@ -12,19 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sapwood.nesy.supports import Indices
-from sapwood.ops.logsemiring import SegmentPlan, log_conv, log_einsum, log_scan, segment_logsumexp
+from sapwood.ops.logsemiring import log_conv, log_einsum, log_scan
 
 #: Sums over the last dimension.
 Reduce = Callable[[Tensor], Tensor]
 
 #: From this many entries on a product without evidence is an einsum.
 _EINSUM_FROM = 1024
-#: Lists are padded to one length unless that more than doubles their number of entries.
-_PADDING = 2
 
 
 @dataclass(frozen=True)
@@ -76,13 +73,11 @@ class Kernel:
     """
 
     shape: Shape
-    kind: str  # gather, segments, einsum, convolution
+    kind: str  # listed, einsum, convolution
     evidence: tuple[int, ...]  # per column two more than its values: unknown ones at both ends
     kept_size: int
     width: int  # padded length of the lists
     table: Indices = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    segments: SegmentPlan | None = None
-    places: list[Tensor] = field(default_factory=list)  # per operand (entries,), for segments
     equation: str = ""
 
     @property
@@ -110,7 +105,7 @@ def make(shape: Shape, tables: Sequence[Indices]) -> Kernel:
     group = _ravel([values[v] + 1 for v in columns], evidence, count) * kept_size
     group += _ravel([values[v] for v in shape.kept], kept_dims, count)
     places = [operand.places(values, shape.sizes, count)[keep] for operand in shape.operands]
-    kernel = Kernel(shape, "gather", evidence, kept_size, 0)
+    kernel = Kernel(shape, "listed", evidence, kept_size, 0)
     _list(kernel, group[keep], places)
     _choose(kernel, group[keep], places)
     return kernel
@@ -153,10 +148,6 @@ def _choose(kernel: Kernel, group: Indices, places: Sequence[Indices]) -> None:
             return
     if plain and _is_convolution(kernel, group, places):
         kernel.kind = "convolution"
-    elif kernel.entries > _PADDING * len(group) and len(group) > 0:
-        kernel.kind = "segments"
-        kernel.segments = SegmentPlan(torch.from_numpy(group), kernel.kept_size)
-        kernel.places = [torch.from_numpy(p) for p in places]
 
 
 def _is_convolution(kernel: Kernel, group: Indices, places: Sequence[Indices]) -> bool:
@@ -176,7 +167,7 @@ def _is_convolution(kernel: Kernel, group: Indices, places: Sequence[Indices]) -
 
 
 def run(kernel: Kernel, operands: Sequence[Tensor]) -> Tensor:
-    """Carries out a step of another kind than "gather".
+    """Carries out a step that has an op of its own.
 
     Args:
         kernel: the step.
@@ -186,12 +177,6 @@ def run(kernel: Kernel, operands: Sequence[Tensor]) -> Tensor:
         (B, G, kept_size).
     """
     shape = kernel.shape
-    if kernel.kind == "segments":
-        picked = [x.index_select(-1, p) for x, p in zip(operands, kernel.places, strict=True)]
-        total = picked[0]
-        for other in picked[1:]:
-            total = total + other
-        return segment_logsumexp(total, plan=kernel.segments)
     plain = [
         x.reshape(*x.shape[:-1], *(shape.sizes[v] for v in o.scope))
         for x, o in zip(operands, shape.operands, strict=True)

@@ -78,11 +78,6 @@ class Group:
     reads: list[int] = field(default_factory=list)  # slots, in the order of the lists
     lists: Lists | None = None
 
-    @property
-    def listed(self) -> bool:
-        """Whether it has no op of its own."""
-        return self.kernel is not None and self.kernel.kind == "gather"
-
 
 @dataclass
 class PathPlan:
