@@ -8,6 +8,7 @@
 #include <string>
 
 #include "common/checks.h"
+#include "common/tensor.h"
 
 namespace sapwood {
 

@@ -42,7 +42,7 @@ void with_types(const Tensor& t, const F& f) {
 template <class S, class T>
 std::vector<T> converted(const MaybeTensor& t) {
   if (!t) return {};
-  const Tensor values = torch::stable::contiguous(*t);
+  const Tensor values = as_contiguous(*t);
   const S* from = data<S>(values);
   return std::vector<T>(from, from + values.numel());
 }
@@ -289,11 +289,11 @@ std::tuple<Tensor, Tensor, Tensor> copruned_conv2d_backward(
   const Masks masks(op, s, region, filters, input_filters);
   const Tensor grad = channels_last(grad_in);
   const Tensor x = need_weight ? channels_last(x_in) : x_in;
-  const Tensor gx = need_x ? empty_channels_last(x, {s.batch, s.channels, s.rows, s.cols})
-                           : torch::stable::new_empty(x, {0});
-  const Tensor gw = torch::stable::new_empty(
+  const Tensor gx =
+      need_x ? empty_channels_last(x, {s.batch, s.channels, s.rows, s.cols}) : new_tensor(x, {0});
+  const Tensor gw = new_tensor(
       x, need_weight ? Ints{s.filters, weight.size(1), weight.size(2), weight.size(3)} : Ints{0});
-  const Tensor gb = torch::stable::new_empty(x, {need_bias ? s.filters : 0});
+  const Tensor gb = new_tensor(x, {need_bias ? s.filters : 0});
   with_types(x, [&](auto stored, auto summed) {
     using S = decltype(stored);
     using T = decltype(summed);
@@ -311,9 +311,9 @@ std::tuple<Tensor, Tensor> tile_list(const Tensor& mask_in) {
   STD_TORCH_CHECK(mask_in.numel() <= std::numeric_limits<int32_t>::max(),
                   "sapwood.tile_list: mask must have fewer than 2^31 entries, got ",
                   mask_in.numel());
-  const Tensor mask = torch::stable::contiguous(mask_in);
-  const Tensor items = torch::stable::new_empty(mask, {mask.numel()}, ScalarType::Int);
-  const Tensor count = torch::stable::new_empty(mask, {}, ScalarType::Int);
+  const Tensor mask = as_contiguous(mask_in);
+  const Tensor items = new_tensor(mask, {mask.numel()}, ScalarType::Int);
+  const Tensor count = new_tensor(mask, {}, ScalarType::Int);
   int32_t* to = mutable_data<int32_t>(items);
   const bool* on = data<bool>(mask);
   int32_t found = 0;

@@ -131,7 +131,7 @@ inline Tensor channels_last(const Tensor& t) {
 
 inline MaybeTensor contiguous_mask(const MaybeTensor& mask) {
   if (!mask || mask->is_contiguous()) return mask;
-  return torch::stable::contiguous(*mask);
+  return as_contiguous(*mask);
 }
 
 inline Tensor empty_channels_last(const Tensor& like, const Ints& sizes) {

@@ -45,8 +45,8 @@ struct Tiles {
         Stream stream)
       : capacity(rows * cols), cols(cols), edge(edge) {
     if (!mask) return;
-    items = torch::stable::new_empty(*mask, {batch, capacity}, ScalarType::Int);
-    counts = torch::stable::new_empty(*mask, {batch}, ScalarType::Int);
+    items = new_tensor(*mask, {batch, capacity}, ScalarType::Int);
+    counts = new_tensor(*mask, {batch}, ScalarType::Int);
     launch_compact(sapwood::input<bool>(*mask), batch, capacity, output<int32_t>(*items),
                    output<int32_t>(*counts), stream);
   }
@@ -116,7 +116,7 @@ Tensor copruned_conv2d(const Tensor& x_in, const Tensor& weight, const MaybeTens
   const Masks masks(op, s, x_in, region, filters, input_filters);
   const Tensor x = channels_last(x_in), y = empty_channels_last(x, shape);
   MaybeTensor bias, residual;
-  if (bias_in) bias = torch::stable::contiguous(*bias_in);
+  if (bias_in) bias = as_contiguous(*bias_in);
   if (residual_in) residual = channels_last(*residual_in);
   const Tiles tiles(masks.region, s.batch, s.tile_rows(), s.tile_cols(), s.tile, stream);
   dispatch_float(op, "input", x, [&](auto type) {
@@ -145,7 +145,7 @@ Tensor copruned_conv2d(const Tensor& x_in, const Tensor& weight, const MaybeTens
 MaybeTensor read_tiles(const Sizes& s, const Masks& masks, Stream stream) {
   if (!masks.region) return std::nullopt;
   const int64_t rows = ceil_div(s.rows, kGradientEdge), cols = ceil_div(s.cols, kGradientEdge);
-  const Tensor read = torch::stable::new_empty(*masks.region, {s.batch, rows, cols});
+  const Tensor read = new_tensor(*masks.region, {s.batch, rows, cols});
   const ReadShape shape{s.batch, s.tile_rows(), s.tile_cols(), s.out_rows,    s.out_cols,
                         s.tile,  rows,          cols,          kGradientEdge, s.geometry};
   launch_read(input<bool>(*masks.region), shape, output<bool>(read), stream);
@@ -221,11 +221,11 @@ std::tuple<Tensor, Tensor, Tensor> copruned_conv2d_backward(
   const Stream stream = current_stream(x_in);
   const Masks masks(op, s, x_in, region, filters, input_filters);
   const Tensor grad = channels_last(grad_in), x = channels_last(x_in);
-  const Tensor gx = need_x ? empty_channels_last(x, {s.batch, s.channels, s.rows, s.cols})
-                           : torch::stable::new_empty(x, {0});
-  const Tensor gw = torch::stable::new_empty(
+  const Tensor gx =
+      need_x ? empty_channels_last(x, {s.batch, s.channels, s.rows, s.cols}) : new_tensor(x, {0});
+  const Tensor gw = new_tensor(
       x, need_weight ? Ints{s.filters, weight.size(1), weight.size(2), weight.size(3)} : Ints{0});
-  const Tensor gb = torch::stable::new_empty(x, {need_bias ? s.filters : 0});
+  const Tensor gb = new_tensor(x, {need_bias ? s.filters : 0});
   const Tiles tiles(masks.region, s.batch, s.tile_rows(), s.tile_cols(), s.tile, stream);
   dispatch_float(op, "input", x, [&](auto type) {
     using S = typename decltype(type)::type;
@@ -246,9 +246,9 @@ std::tuple<Tensor, Tensor> tile_list(const Tensor& mask_in) {
                   mask_in.numel());
   const DeviceScope scope(mask_in);
   const Stream stream = current_stream(mask_in);
-  const Tensor mask = torch::stable::contiguous(mask_in);
-  const Tensor items = torch::stable::new_empty(mask, {mask.numel()}, ScalarType::Int);
-  const Tensor count = torch::stable::new_empty(mask, {}, ScalarType::Int);
+  const Tensor mask = as_contiguous(mask_in);
+  const Tensor items = new_tensor(mask, {mask.numel()}, ScalarType::Int);
+  const Tensor count = new_tensor(mask, {}, ScalarType::Int);
   launch_compact(input<bool>(mask), 1, mask.numel(), output<int32_t>(items), output<int32_t>(count),
                  stream);
   return {items, count};

@@ -29,9 +29,9 @@ inline CircuitArguments circuit_arguments(const char* op, const Tensor& x,
   const CircuitCounts n = circuit_counts(op, counts);
   check_circuit(op, x, evidence, tables, n);
   check_floating(op, "x", x);
-  CircuitArguments found{torch::stable::contiguous(tables), std::nullopt, {}, x.size(1), 0};
+  CircuitArguments found{as_contiguous(tables), std::nullopt, {}, x.size(1), 0};
   if (evidence) {
-    found.evidence = torch::stable::contiguous(*evidence);
+    found.evidence = as_contiguous(*evidence);
     found.evidence_columns = evidence->size(1);
   }
   found.circuit = unpack_circuit(data<int32_t>(found.tables), n);
@@ -72,7 +72,7 @@ inline Tensor log_circuit(const Tensor& x_in, const std::optional<Tensor>& evide
   const CircuitArguments given = circuit_arguments("log_circuit", x_in, evidence, tables, counts);
   const Circuit& c = given.circuit;
   const Tensor x = as_compute(x_in);
-  const Tensor out = torch::stable::new_empty(x, {given.rows, c.n.results});
+  const Tensor out = new_tensor(x, {given.rows, c.n.results});
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     T* to = mutable_data<T>(out);
@@ -95,9 +95,9 @@ inline Tensor log_circuit_backward(const Tensor& grad_in, const Tensor& x_in,
   const Circuit& c = given.circuit;
   check_shape(op, "grad", grad_in, {given.rows, c.n.results});
   check_like(op, "grad", grad_in, x_in);
-  const Tensor x = as_compute(x_in), grad = torch::stable::contiguous(as_compute(grad_in));
+  const Tensor x = as_compute(x_in), grad = as_contiguous(as_compute(grad_in));
   const int64_t blocks = x.size(0), width = x.size(2);
-  const Tensor out = torch::stable::new_empty(x, {blocks, given.rows, width});
+  const Tensor out = new_tensor(x, {blocks, given.rows, width});
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     const T* slopes = data<T>(grad);

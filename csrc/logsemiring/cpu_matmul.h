@@ -79,7 +79,7 @@ void log_matmul_element(const Matrix<T>& a, const Matrix<T>& b, int64_t m, int64
 inline Tensor log_matmul(const Tensor& a, const Tensor& b, bool exact) {
   const Sizes s = product_sizes("log_matmul", a, b);
   const Tensor left = as_compute(a), right = as_compute(b);
-  const Tensor c = torch::stable::new_empty(left, {s.batch, s.m, s.n});
+  const Tensor c = new_tensor(left, {s.batch, s.m, s.n});
   if (s.m == 0 || s.n == 0) return in_type(c, a.scalar_type());
   with_type(left, [&](auto zero) {
     using T = decltype(zero);

@@ -294,9 +294,9 @@ inline std::tuple<Tensor, Tensor> log_matmul_backward(const Tensor& grad, const 
   const Sizes s = product_sizes("log_matmul_backward", a, b);
   check_grad("log_matmul_backward", grad, a, s);
   const Tensor left = as_compute(a), right = as_compute(b), g = as_compute(grad);
-  Tensor da = torch::stable::new_empty(left, {0}), db = torch::stable::new_empty(left, {0});
-  if (need_a) da = torch::stable::new_empty(left, {s.batch, s.m, s.k});
-  if (need_b) db = torch::stable::new_empty(left, {s.batch, s.k, s.n});
+  Tensor da = new_tensor(left, {0}), db = new_tensor(left, {0});
+  if (need_a) da = new_tensor(left, {s.batch, s.m, s.k});
+  if (need_b) db = new_tensor(left, {s.batch, s.k, s.n});
   with_type(left, [&](auto zero) {
     using T = decltype(zero);
     over_batch(s, [&](int64_t i) {
@@ -324,9 +324,9 @@ inline std::tuple<Tensor, Tensor, Tensor> log_matmul_double_backward(const Tenso
   check_like(op, "tangent_b", tangent_b, a);
   const Tensor left = as_compute(a), right = as_compute(b), g = as_compute(grad);
   const Tensor ta = as_compute(tangent_a), tb = as_compute(tangent_b);
-  const Tensor mean = torch::stable::new_empty(left, {s.batch, s.m, s.n});
-  const Tensor da = torch::stable::new_empty(left, {s.batch, s.m, s.k});
-  const Tensor db = torch::stable::new_empty(left, {s.batch, s.k, s.n});
+  const Tensor mean = new_tensor(left, {s.batch, s.m, s.n});
+  const Tensor da = new_tensor(left, {s.batch, s.m, s.k});
+  const Tensor db = new_tensor(left, {s.batch, s.k, s.n});
   with_type(left, [&](auto zero) {
     using T = decltype(zero);
     over_batch(s, [&](int64_t i) {

@@ -55,9 +55,9 @@ inline Tensor log_scan_path(const Tensor& t_in, const Tensor& states_in, const T
   check_shape(op, "final", final_in, {batch, k});
   check_floating(op, "t", t_in);
   const Tensor t = as_compute(t_in);
-  const Tensor states = torch::stable::contiguous(torch::stable::to(states_in, ScalarType::Double));
-  const Tensor end = torch::stable::contiguous(torch::stable::to(final_in, ScalarType::Double));
-  const Tensor out = torch::stable::new_empty(t, {num_samples, batch, steps + 1}, ScalarType::Long);
+  const Tensor states = as_contiguous(torch::stable::to(states_in, ScalarType::Double));
+  const Tensor end = as_contiguous(torch::stable::to(final_in, ScalarType::Double));
+  const Tensor out = new_tensor(t, {num_samples, batch, steps + 1}, ScalarType::Long);
   const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, steps * k));
   with_type(t, [&](auto zero) {
     using T = decltype(zero);

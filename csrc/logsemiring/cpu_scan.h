@@ -202,9 +202,9 @@ void scan_together(const Chains<T>& t, int64_t first, int64_t count, const Chain
 inline Tensor log_scan(const Tensor& t_in, const Tensor& init_in, bool maximum) {
   check_scan("log_scan", t_in, init_in);
   const Tensor t = as_compute(t_in);
-  const Tensor init = torch::stable::contiguous(torch::stable::to(init_in, ScalarType::Double));
+  const Tensor init = as_contiguous(torch::stable::to(init_in, ScalarType::Double));
   const ChainSizes s{t.size(0), t.size(1), init.size(1), t.size(2), maximum};
-  const Tensor states = torch::stable::new_empty(init, {s.batch, s.steps + 1, s.rows, s.k});
+  const Tensor states = new_tensor(init, {s.batch, s.steps + 1, s.rows, s.k});
   with_type(t, [&](auto zero) {
     using T = decltype(zero);
     const Chains<T> chains(t);
@@ -294,12 +294,12 @@ inline std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const
   check_dim(op, "t", t_in, 4);
   check_floating(op, "t", t_in);
   const Tensor t = as_compute(t_in);
-  const Tensor states = torch::stable::contiguous(torch::stable::to(states_in, ScalarType::Double));
-  const Tensor grad = torch::stable::contiguous(torch::stable::to(grad_in, ScalarType::Double));
+  const Tensor states = as_contiguous(torch::stable::to(states_in, ScalarType::Double));
+  const Tensor grad = as_contiguous(torch::stable::to(grad_in, ScalarType::Double));
   const ChainSizes s{t.size(0), t.size(1), states.size(2), t.size(2), maximum};
   check_shape(op, "states", states, {s.batch, s.steps + 1, s.rows, s.k});
-  const Tensor dt = torch::stable::new_empty(t, {s.batch, s.steps, s.k, s.k});
-  const Tensor dinit = torch::stable::new_empty(states, {s.batch, s.rows, s.k});
+  const Tensor dt = new_tensor(t, {s.batch, s.steps, s.k, s.k});
+  const Tensor dinit = new_tensor(states, {s.batch, s.rows, s.k});
   with_type(t, [&](auto zero) {
     using T = decltype(zero);
     const Chains<T> chains(t);

@@ -157,17 +157,17 @@ void over_segments(const Tensor& x, const Segments& g, const F& f) {
 }
 
 inline std::optional<Tensor> contiguous_order(const std::optional<Tensor>& order) {
-  return order ? std::optional<Tensor>(torch::stable::contiguous(*order)) : order;
+  return order ? std::optional<Tensor>(as_contiguous(*order)) : order;
 }
 
 inline Tensor segment_logsumexp(const Tensor& x, const Tensor& ptr_in,
                                 const std::optional<Tensor>& order_in) {
-  const Tensor ptr = torch::stable::contiguous(ptr_in);
+  const Tensor ptr = as_contiguous(ptr_in);
   const std::optional<Tensor> order = contiguous_order(order_in);
   const Segments g = segments_of("segment_logsumexp", x, ptr, order);
-  const Tensor from = torch::stable::contiguous(as_compute(x));
+  const Tensor from = as_contiguous(as_compute(x));
   const int64_t n = x.size(1), inner = x.size(2);
-  const Tensor out = torch::stable::new_empty(from, {x.size(0), g.count, inner});
+  const Tensor out = new_tensor(from, {x.size(0), g.count, inner});
   with_type(from, [&](auto zero) {
     using T = decltype(zero);
     const T* source = data<T>(from);
@@ -185,18 +185,18 @@ inline Tensor segment_logsumexp(const Tensor& x, const Tensor& ptr_in,
 // The weights of all entries, times the number of their segment in `scale` (O, S, I) if there is one.
 inline Tensor weights_of(const char* op, const std::optional<Tensor>& scale_in, const Tensor& x,
                          const Tensor& ptr_in, const std::optional<Tensor>& order_in) {
-  const Tensor ptr = torch::stable::contiguous(ptr_in);
+  const Tensor ptr = as_contiguous(ptr_in);
   const std::optional<Tensor> order = contiguous_order(order_in);
   const Segments g = segments_of(op, x, ptr, order);
-  const Tensor from = torch::stable::contiguous(as_compute(x));
+  const Tensor from = as_contiguous(as_compute(x));
   const int64_t n = x.size(1), inner = x.size(2);
   std::optional<Tensor> scale;
   if (scale_in) {
     check_shape(op, "grad", *scale_in, {x.size(0), g.count, inner});
     check_like(op, "grad", *scale_in, x);
-    scale = torch::stable::contiguous(as_compute(*scale_in));
+    scale = as_contiguous(as_compute(*scale_in));
   }
-  const Tensor out = torch::stable::new_empty(from, {x.size(0), n, inner});
+  const Tensor out = new_tensor(from, {x.size(0), n, inner});
   with_type(from, [&](auto zero) {
     using T = decltype(zero);
     const T *source = data<T>(from), *factors = scale ? data<T>(*scale) : nullptr;
@@ -236,7 +236,7 @@ inline std::tuple<Tensor, Tensor> segment_logsumexp_double_backward(
     const Tensor& grad_in, const Tensor& x, const Tensor& tangent_in, const Tensor& ptr_in,
     const std::optional<Tensor>& order_in) {
   const char* op = "segment_logsumexp_double_backward";
-  const Tensor ptr = torch::stable::contiguous(ptr_in);
+  const Tensor ptr = as_contiguous(ptr_in);
   const std::optional<Tensor> order = contiguous_order(order_in);
   const Segments g = segments_of(op, x, ptr, order);
   const int64_t n = x.size(1), inner = x.size(2);
@@ -244,11 +244,11 @@ inline std::tuple<Tensor, Tensor> segment_logsumexp_double_backward(
   check_shape(op, "tangent", tangent_in, x.sizes());
   check_like(op, "grad", grad_in, x);
   check_like(op, "tangent", tangent_in, x);
-  const Tensor from = torch::stable::contiguous(as_compute(x));
-  const Tensor grad = torch::stable::contiguous(as_compute(grad_in));
-  const Tensor tangent = torch::stable::contiguous(as_compute(tangent_in));
-  const Tensor mean = torch::stable::new_empty(from, {x.size(0), g.count, inner});
-  const Tensor out = torch::stable::new_empty(from, {x.size(0), n, inner});
+  const Tensor from = as_contiguous(as_compute(x));
+  const Tensor grad = as_contiguous(as_compute(grad_in));
+  const Tensor tangent = as_contiguous(as_compute(tangent_in));
+  const Tensor mean = new_tensor(from, {x.size(0), g.count, inner});
+  const Tensor out = new_tensor(from, {x.size(0), n, inner});
   with_type(from, [&](auto zero) {
     using T = decltype(zero);
     over_segments<T>(x, g, [&](int64_t o, int64_t s, int64_t first, int64_t width, auto& scratch) {
@@ -293,14 +293,13 @@ void segment_maxima(const T* x, int64_t inner, const Segments& g, int64_t s, int
 
 inline std::tuple<Tensor, Tensor> segment_max(const Tensor& x, const Tensor& ptr_in,
                                               const std::optional<Tensor>& order_in) {
-  const Tensor ptr = torch::stable::contiguous(ptr_in);
+  const Tensor ptr = as_contiguous(ptr_in);
   const std::optional<Tensor> order = contiguous_order(order_in);
   const Segments g = segments_of("segment_max", x, ptr, order);
-  const Tensor from = torch::stable::contiguous(as_compute(x));
+  const Tensor from = as_contiguous(as_compute(x));
   const int64_t n = x.size(1), inner = x.size(2);
-  const Tensor values = torch::stable::new_empty(from, {x.size(0), g.count, inner});
-  const Tensor indices =
-      torch::stable::new_empty(values, {x.size(0), g.count, inner}, ScalarType::Long);
+  const Tensor values = new_tensor(from, {x.size(0), g.count, inner});
+  const Tensor indices = new_tensor(values, {x.size(0), g.count, inner}, ScalarType::Long);
   with_type(from, [&](auto zero) {
     using T = decltype(zero);
     over_segments<T>(x, g, [&](int64_t o, int64_t s, int64_t first, int64_t width, auto&) {

@@ -101,8 +101,8 @@ void max_matmul_element(const Matrix<T>& a, const Matrix<T>& b, const Sizes& s, 
 inline std::tuple<Tensor, Tensor> max_matmul(const Tensor& a, const Tensor& b) {
   const Sizes s = product_sizes("max_matmul", a, b);
   const Tensor left = as_compute(a), right = as_compute(b);
-  const Tensor values = torch::stable::new_empty(left, {s.batch, s.m, s.n});
-  const Tensor indices = torch::stable::new_empty(left, {s.batch, s.m, s.n}, ScalarType::Long);
+  const Tensor values = new_tensor(left, {s.batch, s.m, s.n});
+  const Tensor indices = new_tensor(left, {s.batch, s.m, s.n}, ScalarType::Long);
   with_type(left, [&](auto zero) {
     using T = decltype(zero);
     over_batch(s, [&](int64_t i) {
@@ -117,8 +117,7 @@ inline std::tuple<Tensor, Tensor> max_matmul(const Tensor& a, const Tensor& b) {
 inline Tensor sample_matmul(const Tensor& a, const Tensor& b, int64_t num_samples, int64_t seed) {
   const Sizes s = product_sizes("sample_matmul", a, b);
   const Tensor left = as_compute(a), right = as_compute(b);
-  const Tensor out =
-      torch::stable::new_empty(left, {num_samples, s.batch, s.m, s.n}, ScalarType::Long);
+  const Tensor out = new_tensor(left, {num_samples, s.batch, s.m, s.n}, ScalarType::Long);
   const int64_t rows = num_samples * s.batch * s.m;
   const int64_t grain = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, s.n * s.k));
   with_type(left, [&](auto zero) {

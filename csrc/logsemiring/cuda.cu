@@ -22,7 +22,7 @@ Tensor log_matmul(const Tensor& a_in, const Tensor& b_in, bool /*exact: always*/
   const Shape s = product_shape(op, a_in, b_in);
   const DeviceScope scope(a_in);
   const Tensor a = widened(a_in), b = widened(b_in);
-  const Tensor c = torch::stable::new_empty(a, {s.batch, s.m, s.n});
+  const Tensor c = new_tensor(a, {s.batch, s.m, s.n});
   with_type(op, a, [&](auto zero) {
     using T = decltype(zero);
     const Batched<T> left = batched<T>(a), right = batched<T>(b).transposed();
@@ -37,8 +37,8 @@ template <class T, bool second>
 void gradients(const Tensor& grad, const Tensor& a, const Tensor& b, const Tensor& ta,
                const Tensor& tb, const Tensor& mean, Shape s, T* da, T* db) {
   const Stream stream = current_stream(a);
-  const Tensor shift = torch::stable::new_empty(a, {s.batch, s.m, s.n});
-  const Tensor weight = torch::stable::new_empty(a, {s.batch, s.m, s.n});
+  const Tensor shift = new_tensor(a, {s.batch, s.m, s.n});
+  const Tensor weight = new_tensor(a, {s.batch, s.m, s.n});
   const Batched<T> left = batched<T>(a), right = batched<T>(b), g = batched<T>(grad);
   const Batched<T> h = batched<T>(ta), k = batched<T>(tb), q = batched<T>(mean);
   const Batched<T> top = batched<T>(shift), w = batched<T>(weight);
@@ -68,9 +68,9 @@ std::tuple<Tensor, Tensor> log_matmul_backward(const Tensor& grad_in, const Tens
   check_grad(op, grad_in, a_in, s);
   const DeviceScope scope(a_in);
   const Tensor a = widened(a_in), b = widened(b_in), grad = widened(grad_in);
-  Tensor da = torch::stable::new_empty(a, {0}), db = torch::stable::new_empty(a, {0});
-  if (need_a) da = torch::stable::new_empty(a, {s.batch, s.m, s.k});
-  if (need_b) db = torch::stable::new_empty(a, {s.batch, s.k, s.n});
+  Tensor da = new_tensor(a, {0}), db = new_tensor(a, {0});
+  if (need_a) da = new_tensor(a, {s.batch, s.m, s.k});
+  if (need_b) db = new_tensor(a, {s.batch, s.k, s.n});
   with_type(op, a, [&](auto zero) {
     using T = decltype(zero);
     gradients<T, false>(grad, a, b, a, b, grad, s, need_a ? output<T>(da) : nullptr,
@@ -95,9 +95,9 @@ std::tuple<Tensor, Tensor, Tensor> log_matmul_double_backward(const Tensor& grad
   const DeviceScope scope(a_in);
   const Tensor a = widened(a_in), b = widened(b_in), grad = widened(grad_in);
   const Tensor ta = widened(ta_in), tb = widened(tb_in);
-  const Tensor mean = torch::stable::new_empty(a, {s.batch, s.m, s.n});
-  const Tensor da = torch::stable::new_empty(a, {s.batch, s.m, s.k});
-  const Tensor db = torch::stable::new_empty(a, {s.batch, s.k, s.n});
+  const Tensor mean = new_tensor(a, {s.batch, s.m, s.n});
+  const Tensor da = new_tensor(a, {s.batch, s.m, s.k});
+  const Tensor db = new_tensor(a, {s.batch, s.k, s.n});
   with_type(op, a, [&](auto zero) {
     using T = decltype(zero);
     gradients<T, true>(grad, a, b, ta, tb, mean, s, output<T>(da), output<T>(db));
@@ -111,8 +111,8 @@ std::tuple<Tensor, Tensor> max_matmul(const Tensor& a_in, const Tensor& b_in) {
   const Shape s = product_shape(op, a_in, b_in);
   const DeviceScope scope(a_in);
   const Tensor a = widened(a_in), b = widened(b_in);
-  const Tensor values = torch::stable::new_empty(a, {s.batch, s.m, s.n});
-  const Tensor indices = torch::stable::new_empty(a, {s.batch, s.m, s.n}, ScalarType::Long);
+  const Tensor values = new_tensor(a, {s.batch, s.m, s.n});
+  const Tensor indices = new_tensor(a, {s.batch, s.m, s.n}, ScalarType::Long);
   const int64_t blocks = (values.numel() + kThreads - 1) / kThreads;
   if (blocks > 0) {
     with_type(op, a, [&](auto zero) {
@@ -131,8 +131,7 @@ Tensor sample_matmul(const Tensor& a_in, const Tensor& b_in, int64_t num_samples
   const Shape s = product_shape(op, a_in, b_in);
   const DeviceScope scope(a_in);
   const Tensor a = widened(a_in), b = widened(b_in);
-  const Tensor out =
-      torch::stable::new_empty(a, {num_samples, s.batch, s.m, s.n}, ScalarType::Long);
+  const Tensor out = new_tensor(a, {num_samples, s.batch, s.m, s.n}, ScalarType::Long);
   const int64_t blocks = (out.numel() + kThreads - 1) / kThreads;
   if (blocks == 0) return out;
   with_type(op, a, [&](auto zero) {
@@ -161,8 +160,7 @@ Tensor log_scan(const Tensor& t_in, const Tensor& init, bool maximum) {
   const DeviceScope scope(t_in);
   const Tensor t = widened(t_in);
   const ChainShape s{t.size(0), t.size(1), init.size(1), t.size(2), maximum};
-  const Tensor states =
-      torch::stable::new_empty(t, {s.batch, s.length + 1, s.rows, s.k}, ScalarType::Double);
+  const Tensor states = new_tensor(t, {s.batch, s.length + 1, s.rows, s.k}, ScalarType::Double);
   Tensor first = torch::stable::select(states, 1, 0);
   torch::stable::copy_(first, init);
   if (states.numel() == 0) return states;
@@ -190,13 +188,13 @@ std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& grad_in, const Tensor
                   t_in.size(2), " states and ", states_in.size(2), " rows");
   const DeviceScope scope(t_in);
   const Tensor t = widened(t_in);
-  const Tensor states = torch::stable::contiguous(torch::stable::to(states_in, ScalarType::Double));
-  const Tensor grad = torch::stable::contiguous(torch::stable::to(grad_in, ScalarType::Double));
+  const Tensor states = as_contiguous(torch::stable::to(states_in, ScalarType::Double));
+  const Tensor grad = as_contiguous(torch::stable::to(grad_in, ScalarType::Double));
   const ChainShape s{t.size(0), t.size(1), states.size(2), t.size(2), maximum};
   check_shape(op, "states", states, {s.batch, s.length + 1, s.rows, s.k});
-  const Tensor dt = torch::stable::new_empty(t, {s.batch, s.length, s.k, s.k});
-  const Tensor dinit = torch::stable::new_empty(states, {s.batch, s.rows, s.k});
-  const Tensor buffers = torch::stable::new_empty(states, {s.batch, 4, s.rows, s.k});
+  const Tensor dt = new_tensor(t, {s.batch, s.length, s.k, s.k});
+  const Tensor dinit = new_tensor(states, {s.batch, s.rows, s.k});
+  const Tensor buffers = new_tensor(states, {s.batch, 4, s.rows, s.k});
   if (s.batch > 0) {
     with_type(op, t, [&](auto zero) {
       using T = decltype(zero);
@@ -223,10 +221,9 @@ Tensor log_scan_path(const Tensor& t_in, const Tensor& states_in, const Tensor& 
   check_device(op, "final", final_in, "t", t_in);
   const DeviceScope scope(t_in);
   const Tensor t = widened(t_in);
-  const Tensor states = torch::stable::contiguous(torch::stable::to(states_in, ScalarType::Double));
-  const Tensor end = torch::stable::contiguous(torch::stable::to(final_in, ScalarType::Double));
-  const Tensor out =
-      torch::stable::new_empty(t, {num_samples, s.batch, s.length + 1}, ScalarType::Long);
+  const Tensor states = as_contiguous(torch::stable::to(states_in, ScalarType::Double));
+  const Tensor end = as_contiguous(torch::stable::to(final_in, ScalarType::Double));
+  const Tensor out = new_tensor(t, {num_samples, s.batch, s.length + 1}, ScalarType::Long);
   const int64_t blocks = (num_samples * s.batch + kThreads - 1) / kThreads;
   if (blocks == 0) return out;
   with_type(op, t, [&](auto zero) {

@@ -35,10 +35,10 @@ inline CircuitCall circuit_call(const char* op, const Tensor& x, const OptionalT
   check_device(op, "circuit", tables, "x", x);
   STD_TORCH_CHECK(evidence || n.selectors == 0, "sapwood.", op,
                   ": evidence must be given for this circuit, got none");
-  CircuitCall call{widened(x), torch::stable::contiguous(tables), std::nullopt, {}};
+  CircuitCall call{widened(x), as_contiguous(tables), std::nullopt, {}};
   if (evidence) {
     check_device(op, "evidence", *evidence, "x", x);
-    call.evidence = torch::stable::contiguous(*evidence);
+    call.evidence = as_contiguous(*evidence);
   }
   call.circuit = unpack_circuit(input<int32_t>(call.tables), n);
   return call;
@@ -51,8 +51,8 @@ inline Tensor log_circuit(const Tensor& x_in, const OptionalTensor& evidence, co
   const CircuitCall call = circuit_call(op, x_in, evidence, tables, counts);
   const CircuitCounts& n = call.circuit.n;
   const int64_t rows = call.x.size(1);
-  const Tensor out = torch::stable::new_empty(call.x, {rows, n.results});
-  const Tensor values = torch::stable::new_empty(call.x, {rows, n.columns()}, ScalarType::Double);
+  const Tensor out = new_tensor(call.x, {rows, n.results});
+  const Tensor values = new_tensor(call.x, {rows, n.columns()}, ScalarType::Double);
   if (rows > 0) {
     with_type(op, call.x, [&](auto zero) {
       using T = decltype(zero);
@@ -76,14 +76,14 @@ inline Tensor log_circuit_backward(const Tensor& grad_in, const Tensor& x_in,
   const int64_t rows = call.x.size(1);
   check_shape(op, "grad", grad_in, {rows, n.results});
   check_like(op, "grad", grad_in, x_in);
-  const Tensor grad = torch::stable::contiguous(widened(grad_in));
-  const Tensor out = torch::stable::new_empty(call.x, {call.x.size(0), rows, call.x.size(2)});
+  const Tensor grad = as_contiguous(widened(grad_in));
+  const Tensor out = new_tensor(call.x, {call.x.size(0), rows, call.x.size(2)});
   const auto doubles = [&](int64_t width) {
-    return torch::stable::new_empty(call.x, {rows, width}, ScalarType::Double);
+    return new_tensor(call.x, {rows, width}, ScalarType::Double);
   };
   const Tensor values = doubles(n.columns()), slopes = doubles(n.columns());
   const Tensor tops = doubles(n.sums), shares = doubles(n.sums);
-  const Tensor lists = torch::stable::new_empty(call.x, {rows, n.sums}, ScalarType::Int);
+  const Tensor lists = new_tensor(call.x, {rows, n.sums}, ScalarType::Int);
   if (rows > 0) {
     with_type(op, call.x, [&](auto zero) {
       using T = decltype(zero);

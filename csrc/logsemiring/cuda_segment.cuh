@@ -30,13 +30,12 @@ inline SegmentArguments segment_arguments(const char* op, const Tensor& x_in, co
   check_dtype(op, "ptr", ptr_in, ptr_in.scalar_type() == ScalarType::Long, "int64");
   check_device(op, "ptr", ptr_in, "x", x_in);
   STD_TORCH_CHECK(ptr_in.numel() > 0, "sapwood.", op, ": ptr must not be empty, got (0,)");
-  SegmentArguments found{torch::stable::contiguous(widened(x_in)),
-                         torch::stable::contiguous(ptr_in), std::nullopt};
+  SegmentArguments found{as_contiguous(widened(x_in)), as_contiguous(ptr_in), std::nullopt};
   if (order_in) {
     check_shape(op, "order", *order_in, {x_in.size(1)});
     check_dtype(op, "order", *order_in, order_in->scalar_type() == ScalarType::Long, "int64");
     check_device(op, "order", *order_in, "x", x_in);
-    found.order = torch::stable::contiguous(*order_in);
+    found.order = as_contiguous(*order_in);
   }
   return found;
 }
@@ -59,10 +58,9 @@ inline Tensor segments(const char* op, const Tensor& x_in, const Tensor& ptr_in,
     check_shape(op, "grad", *scale_in, {x.size(0), d.count, x.size(2)});
     check_like(op, "grad", *scale_in, x_in);
     check_device(op, "grad", *scale_in, "x", x_in);
-    scale = torch::stable::contiguous(widened(*scale_in));
+    scale = as_contiguous(widened(*scale_in));
   }
-  const Tensor out =
-      torch::stable::new_empty(x, {x.size(0), weights ? x.size(1) : d.count, x.size(2)});
+  const Tensor out = new_tensor(x, {x.size(0), weights ? x.size(1) : d.count, x.size(2)});
   if (warp_blocks(d) > 0) {
     with_type(op, x, [&](auto zero) {
       using T = decltype(zero);
@@ -82,9 +80,8 @@ inline std::tuple<Tensor, Tensor> segment_max(const Tensor& x_in, const Tensor& 
   const DeviceScope scope(x_in);
   const SegmentArguments given = segment_arguments(op, x_in, ptr, order);
   const Division d = given.division();
-  const Tensor values = torch::stable::new_empty(given.x, {d.outer, d.count, d.inner});
-  const Tensor indices =
-      torch::stable::new_empty(given.x, {d.outer, d.count, d.inner}, ScalarType::Long);
+  const Tensor values = new_tensor(given.x, {d.outer, d.count, d.inner});
+  const Tensor indices = new_tensor(given.x, {d.outer, d.count, d.inner}, ScalarType::Long);
   if (warp_blocks(d) > 0) {
     with_type(op, given.x, [&](auto zero) {
       using T = decltype(zero);
@@ -123,10 +120,10 @@ inline std::tuple<Tensor, Tensor> segment_logsumexp_double_backward(const Tensor
   check_shape(op, "tangent", tangent_in, x_in.sizes());
   check_like(op, "grad", grad_in, x_in);
   check_like(op, "tangent", tangent_in, x_in);
-  const Tensor grad = torch::stable::contiguous(widened(grad_in));
-  const Tensor tangent = torch::stable::contiguous(widened(tangent_in));
-  const Tensor mean = torch::stable::new_empty(given.x, {d.outer, d.count, d.inner});
-  const Tensor out = torch::stable::new_empty(given.x, {d.outer, d.entries, d.inner});
+  const Tensor grad = as_contiguous(widened(grad_in));
+  const Tensor tangent = as_contiguous(widened(tangent_in));
+  const Tensor mean = new_tensor(given.x, {d.outer, d.count, d.inner});
+  const Tensor out = new_tensor(given.x, {d.outer, d.entries, d.inner});
   if (warp_blocks(d) > 0) {
     with_type(op, given.x, [&](auto zero) {
       using T = decltype(zero);

@@ -21,7 +21,7 @@ void mask_into(const Tensor& weight, const Tensor& mask, const Tensor& out) {
 }
 
 Tensor masked_weight(const DenseSource& source) {
-  const Tensor product = torch::stable::new_empty(source.weight, {source.n, source.k});
+  const Tensor product = new_tensor(source.weight, {source.n, source.k});
   mask_into(source.weight, source.mask, product);
   return product;
 }
@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor> masked_matmul_backward(const Tensor& grad, const Tens
                                                   bool need_x, bool need_weight,
                                                   bool dense_weight_grad) {
   const DenseSource source = dense_source("masked_matmul_backward", weight, mask);
-  Tensor grad_x = torch::stable::new_empty(x, {0});
-  Tensor grad_weight = torch::stable::new_empty(weight, {0});
+  Tensor grad_x = new_tensor(x, {0});
+  Tensor grad_weight = new_tensor(weight, {0});
   if (need_x) grad_x = torch::stable::matmul(grad, masked_weight(source));
   if (need_weight) {
     const Tensor product = torch::stable::matmul(torch::stable::transpose(grad, 0, 1), x);

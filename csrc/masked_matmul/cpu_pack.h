@@ -27,7 +27,7 @@ inline DenseSource dense_source(const char* op, const Tensor& weight, const Tens
 }
 
 inline Tensor row_pointers(const DenseSource& source) {
-  const Tensor row_ptr = torch::stable::new_empty(source.mask, {source.n + 1}, ScalarType::Long);
+  const Tensor row_ptr = new_tensor(source.mask, {source.n + 1}, ScalarType::Long);
   int64_t* ends = mutable_data<int64_t>(row_ptr);
   const uint8_t* mask = data<uint8_t>(source.mask);
   ends[0] = 0;
@@ -46,8 +46,8 @@ inline Rows pack_rows(const char* op, const DenseSource& source, bool want_cols)
   const Tensor row_ptr = row_pointers(source);
   const int64_t* ends = data<int64_t>(row_ptr);
   const int64_t nnz = ends[source.n], k = source.k;
-  const Tensor values = torch::stable::new_empty(source.weight, {nnz});
-  const Tensor cols = torch::stable::new_empty(source.weight, {want_cols ? nnz : 0}, index_type(k));
+  const Tensor values = new_tensor(source.weight, {nnz});
+  const Tensor cols = new_tensor(source.weight, {want_cols ? nnz : 0}, index_type(k));
   const uint8_t* mask = data<uint8_t>(source.mask);
   with_bits(op, source.weight, [&](auto bits) {
     using Bits = decltype(bits);
@@ -73,7 +73,7 @@ inline Rows pack_rows(const char* op, const DenseSource& source, bool want_cols)
 
 inline Tensor row_order_of(const Tensor& row_ptr) {
   const int64_t n = row_ptr.numel() - 1;
-  const Tensor order = torch::stable::new_empty(row_ptr, {n}, ScalarType::Int);
+  const Tensor order = new_tensor(row_ptr, {n}, ScalarType::Int);
   order_rows(data<int64_t>(row_ptr), n, mutable_data<int32_t>(order));
   return order;
 }
@@ -88,8 +88,7 @@ inline std::tuple<Tensor, Tensor, Tensor> pack_bitmap(const Tensor& weight, cons
   const DenseSource source = dense_source("pack_bitmap", weight, mask);
   const Rows rows = pack_rows("pack_bitmap", source, false);
   const int64_t per_row = (source.k + kWordBits - 1) / kWordBits;
-  const Tensor words =
-      torch::stable::new_empty(source.weight, {source.n, per_row}, ScalarType::Short);
+  const Tensor words = new_tensor(source.weight, {source.n, per_row}, ScalarType::Short);
   uint16_t* all_words = mutable_data<uint16_t>(words);
   const uint8_t* bytes = data<uint8_t>(source.mask);
   parallel_range(source.n, source.row_grain(), [&](int64_t first, int64_t last) {
@@ -123,7 +122,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> pack_sell(const Tensor& weight
   const DenseSource source = dense_source("pack_sell", weight, mask);
   const Rows rows = pack_rows("pack_sell", source, true);
   const int64_t slices = (source.n + kSliceRows - 1) / kSliceRows;
-  const Tensor slice_ptr = torch::stable::new_empty(source.weight, {slices + 1}, ScalarType::Long);
+  const Tensor slice_ptr = new_tensor(source.weight, {slices + 1}, ScalarType::Long);
   int64_t* ends = mutable_data<int64_t>(slice_ptr);
   ends[0] = 0;
   Tensor values = source.weight, index = source.mask, window = slice_ptr;
@@ -134,9 +133,9 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> pack_sell(const Tensor& weight
       schedule_slices<Bits, Index>(rows, source.n, nullptr, nullptr, nullptr, nullptr, ends + 1);
       counts_to_ends(ends, slices);
       const int64_t steps = ends[slices];
-      values = torch::stable::new_empty(source.weight, {steps, kSliceRows});
-      index = torch::stable::new_empty(source.weight, {steps, kSliceRows}, ScalarType::Byte);
-      window = torch::stable::new_empty(source.weight, {steps}, ScalarType::Int);
+      values = new_tensor(source.weight, {steps, kSliceRows});
+      index = new_tensor(source.weight, {steps, kSliceRows}, ScalarType::Byte);
+      window = new_tensor(source.weight, {steps}, ScalarType::Int);
       schedule_slices<Bits, Index>(rows, source.n, ends, mutable_data<Bits>(values),
                                    mutable_data<uint8_t>(index), mutable_data<int32_t>(window),
                                    nullptr);
@@ -155,9 +154,9 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> transpose_csr(const Tensor& co
   const int64_t n = row_ptr.numel() - 1, nnz = cols.numel();
   STD_TORCH_CHECK(n >= 0 && data<int64_t>(from_ptr)[n] == nnz,
                   "sapwood.transpose_csr: row_ptr must end at the number of columns ", nnz);
-  const Tensor rows_t = torch::stable::new_empty(from, {nnz}, index_type(n));
-  const Tensor column_ptr = torch::stable::new_empty(from, {k + 1}, ScalarType::Long);
-  const Tensor perm = torch::stable::new_empty(from, {nnz}, ScalarType::Long);
+  const Tensor rows_t = new_tensor(from, {nnz}, index_type(n));
+  const Tensor column_ptr = new_tensor(from, {k + 1}, ScalarType::Long);
+  const Tensor perm = new_tensor(from, {nnz}, ScalarType::Long);
   const Scratch<int64_t> cursor(k);
   with_index("transpose_csr", from.scalar_type(), [&](auto index) {
     with_index("transpose_csr", rows_t.scalar_type(), [&](auto index_t) {

@@ -102,7 +102,7 @@ inline LinearCall linear_call(const char* op, const Tensor& x, const std::option
   if (bias.has_value()) check_shape(op, "bias", *bias, {n});
   const ScalarType type = compute_type(x.scalar_type());
   LinearCall call{contiguous_as(x, type),
-                  torch::stable::new_empty(x, {x.size(0), n}, type),
+                  new_tensor(x, {x.size(0), n}, type),
                   std::nullopt,
                   parse_activation(op, activation),
                   x.size(0),
@@ -285,7 +285,7 @@ inline Tensor sampled_matmul(const Tensor& grad, const Tensor& x, const Tensor& 
   check_rows(op, cols, row_ptr, n);
   const ScalarType type = compute_type(x.scalar_type());
   const Tensor c = contiguous_as(cols, cols.scalar_type());
-  const Tensor out = torch::stable::new_empty(x, {nnz}, type);
+  const Tensor out = new_tensor(x, {nnz}, type);
   with_types(op, type, type, [&](auto t, auto) {
     using T = decltype(t);
     if (x.size(0) == 0) return std::fill_n(mutable_data<T>(out), nnz, T(0)), void();

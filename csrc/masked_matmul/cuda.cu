@@ -86,7 +86,7 @@ void write_masked(const char* op, const Tensor& weight, const Tensor& mask, cons
 }
 
 Tensor masked(const char* op, const Tensor& weight, const Tensor& mask) {
-  Tensor product = torch::stable::new_empty(weight, weight.sizes());
+  Tensor product = new_tensor(weight, weight.sizes());
   write_masked(op, weight, mask, product);
   return product;
 }
@@ -108,11 +108,10 @@ std::tuple<Tensor, Tensor> masked_matmul_backward(const Tensor& grad, const Tens
   check_mask(op, weight, mask);
   check_device(op, "weight", weight, "grad", grad);
   const DeviceScope scope(grad);
-  Tensor grad_x = need_x ? call("aten::mm", "", grad, masked(op, weight, mask))
-                         : torch::stable::new_empty(x, {0});
-  if (!need_weight) return {grad_x, torch::stable::new_empty(weight, {0})};
-  Tensor grad_weight =
-      torch::stable::contiguous(call("aten::mm", "", torch::stable::transpose(grad, 0, 1), x));
+  Tensor grad_x =
+      need_x ? call("aten::mm", "", grad, masked(op, weight, mask)) : new_tensor(x, {0});
+  if (!need_weight) return {grad_x, new_tensor(weight, {0})};
+  Tensor grad_weight = as_contiguous(call("aten::mm", "", torch::stable::transpose(grad, 0, 1), x));
   if (!dense_weight_grad) write_masked(op, grad_weight, mask, grad_weight);
   return {grad_x, grad_weight};
 }
@@ -121,7 +120,7 @@ std::tuple<Tensor, Tensor> masked_matmul_backward(const Tensor& grad, const Tens
 std::tuple<Tensor, int64_t> count_rows(const Tensor& weight, const Tensor& mask) {
   const int64_t n = weight.size(0), k = weight.size(1);
   const Stream stream = current_stream(weight);
-  const Tensor counts = torch::stable::new_empty(weight, {n + 1}, ScalarType::Long);
+  const Tensor counts = new_tensor(weight, {n + 1}, ScalarType::Long);
   launch_count(strided<uint8_t>(mask), n, k, output<int64_t>(counts), stream);
   Tensor row_ptr = call("aten::cumsum", "", counts, int64_t{0}, std::optional<ScalarType>());
   return {row_ptr, read_back(input<int64_t>(row_ptr) + n, stream)};
@@ -138,7 +137,7 @@ void pack(const char* op, const Tensor& weight, const Tensor& mask, const Tensor
 }
 
 Tensor order_rows(const Tensor& row_ptr, int64_t n) {
-  Tensor row_order = torch::stable::new_empty(row_ptr, {n}, ScalarType::Int);
+  Tensor row_order = new_tensor(row_ptr, {n}, ScalarType::Int);
   launch_row_order(input<int64_t>(row_ptr), n, output<int32_t>(row_order), current_stream(row_ptr));
   return row_order;
 }
@@ -151,8 +150,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_csr(const Tensor& weight, const 
   const DeviceScope scope(weight);
   const auto [row_ptr, nnz] = count_rows(weight, mask);
   const bool wide = weight.size(1) > kNarrowLimit;
-  Tensor values = torch::stable::new_empty(weight, {nnz});
-  Tensor cols = torch::stable::new_empty(weight, {nnz}, wide ? ScalarType::Int : ScalarType::Short);
+  Tensor values = new_tensor(weight, {nnz});
+  Tensor cols = new_tensor(weight, {nnz}, wide ? ScalarType::Int : ScalarType::Short);
   pack(op, weight, mask, row_ptr, values, {{cols.mutable_data_ptr(), wide}, nullptr, 0});
   return {values, cols, row_ptr, order_rows(row_ptr, weight.size(0))};
 }
@@ -165,9 +164,8 @@ std::tuple<Tensor, Tensor, Tensor> pack_bitmap(const Tensor& weight, const Tenso
   const DeviceScope scope(weight);
   const auto [row_ptr, nnz] = count_rows(weight, mask);
   const int64_t words_per_row = (weight.size(1) + 15) / 16;
-  Tensor values = torch::stable::new_empty(weight, {nnz});
-  Tensor words =
-      torch::stable::new_empty(weight, {weight.size(0), words_per_row}, ScalarType::Short);
+  Tensor values = new_tensor(weight, {nnz});
+  Tensor words = new_tensor(weight, {weight.size(0), words_per_row}, ScalarType::Short);
   pack(op, weight, mask, row_ptr, values,
        {{nullptr, false}, output<uint16_t>(words), words_per_row});
   return {values, words, row_ptr};
@@ -193,11 +191,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transpose_csr(const Tensor& cols_in,
   check_int32(op, "columns", k);
   const DeviceScope scope(cols_in);
   const Stream stream = current_stream(cols_in);
-  const Tensor cols = torch::stable::contiguous(cols_in);
-  const Tensor row_ptr = torch::stable::contiguous(row_ptr_in);
+  const Tensor cols = as_contiguous(cols_in);
+  const Tensor row_ptr = as_contiguous(row_ptr_in);
   const Columns columns = check_structure(op, cols, row_ptr, k);
   const int64_t n = row_ptr.numel() - 1, nnz = cols.numel();
-  const Tensor keys = torch::stable::new_empty(cols, {nnz}, ScalarType::Int);
+  const Tensor keys = new_tensor(cols, {nnz}, ScalarType::Int);
   launch_widen(columns, nnz, output<int32_t>(keys), stream);
   StableIValue stack[] = {
       torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
@@ -207,9 +205,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transpose_csr(const Tensor& cols_in,
   const Tensor sorted = torch::stable::detail::to<Tensor>(stack[0]);
   const Tensor perm = torch::stable::detail::to<Tensor>(stack[1]);
   const bool wide_t = n > kNarrowLimit;
-  Tensor cols_t =
-      torch::stable::new_empty(cols, {nnz}, wide_t ? ScalarType::Int : ScalarType::Short);
-  Tensor row_ptr_t = torch::stable::new_empty(cols, {k + 1}, ScalarType::Long);
+  Tensor cols_t = new_tensor(cols, {nnz}, wide_t ? ScalarType::Int : ScalarType::Short);
+  Tensor row_ptr_t = new_tensor(cols, {k + 1}, ScalarType::Long);
   launch_transpose(input<int32_t>(sorted), input<int64_t>(perm), nnz, input<int64_t>(row_ptr), n, k,
                    {cols_t.mutable_data_ptr(), wide_t}, output<int64_t>(row_ptr_t), stream);
   return {cols_t, row_ptr_t, order_rows(row_ptr_t, k), perm};
@@ -227,7 +224,7 @@ Tensor packed_output(const char* op, const Tensor& x, const Tensor& values,
     check_device(op, "bias", *bias, "x", x);
     check_dtype(op, "bias", *bias, bias->scalar_type() == x.scalar_type(), "of x's dtype");
   }
-  return torch::stable::new_empty(x, {x.size(0), n});
+  return new_tensor(x, {x.size(0), n});
 }
 
 template <class X>
@@ -236,7 +233,7 @@ Epilogue<X> epilogue(const Tensor& out, const OptionalTensor& bias, Activation a
 }
 
 OptionalTensor contiguous_bias(const OptionalTensor& bias) {
-  return bias ? OptionalTensor(torch::stable::contiguous(*bias)) : bias;
+  return bias ? OptionalTensor(as_contiguous(*bias)) : bias;
 }
 
 // The last four arguments carry the transposed structure to autograd.
@@ -247,10 +244,10 @@ Tensor packed_linear_csr(const Tensor& x, const Tensor& values_in, const Tensor&
                          const OptionalTensor&) {
   const char* op = "packed_linear_csr";
   const DeviceScope scope(x);
-  const Tensor values = torch::stable::contiguous(values_in);
-  const Tensor cols = torch::stable::contiguous(cols_in);
-  const Tensor row_ptr = torch::stable::contiguous(row_ptr_in);
-  const Tensor row_order = torch::stable::contiguous(row_order_in);
+  const Tensor values = as_contiguous(values_in);
+  const Tensor cols = as_contiguous(cols_in);
+  const Tensor row_ptr = as_contiguous(row_ptr_in);
+  const Tensor row_order = as_contiguous(row_order_in);
   const OptionalTensor bias = contiguous_bias(bias_in);
   const Columns columns = check_structure(op, cols, row_ptr, k);
   const int64_t n = row_ptr.numel() - 1, batch = x.size(0);
@@ -263,8 +260,7 @@ Tensor packed_linear_csr(const Tensor& x, const Tensor& values_in, const Tensor&
   const Activation act = activation_of(op, activation);
   const Stream stream = current_stream(x);
   const int64_t width = csr_panel_width(batch);
-  const Tensor panels =
-      torch::stable::new_empty(x, {width ? panel_count(batch, width) * width * k : 0});
+  const Tensor panels = new_tensor(x, {width ? panel_count(batch, width) * width * k : 0});
   dispatch_pair(op, x, values, [&](auto x_type, auto v_type) {
     using X = typename decltype(x_type)::type;
     using V = typename decltype(v_type)::type;
@@ -281,9 +277,9 @@ Tensor packed_linear_bitmap(const Tensor& x, const Tensor& values_in, const Tens
                             const std::string& activation) {
   const char* op = "packed_linear_bitmap";
   const DeviceScope scope(x);
-  const Tensor values = torch::stable::contiguous(values_in);
-  const Tensor words = torch::stable::contiguous(words_in);
-  const Tensor row_ptr = torch::stable::contiguous(row_ptr_in);
+  const Tensor values = as_contiguous(values_in);
+  const Tensor words = as_contiguous(words_in);
+  const Tensor row_ptr = as_contiguous(row_ptr_in);
   const OptionalTensor bias = contiguous_bias(bias_in);
   check_dim(op, "words", words, 2);
   check_dtype(op, "words", words, words.scalar_type() == ScalarType::Short, "int16");
@@ -313,8 +309,8 @@ Tensor sampled_matmul(const Tensor& grad, const Tensor& x, const Tensor& cols_in
   const char* op = "sampled_matmul";
   check_dim(op, "x", x, 2);
   const DeviceScope scope(x);
-  const Tensor cols = torch::stable::contiguous(cols_in);
-  const Tensor row_ptr = torch::stable::contiguous(row_ptr_in);
+  const Tensor cols = as_contiguous(cols_in);
+  const Tensor row_ptr = as_contiguous(row_ptr_in);
   const int64_t batch = x.size(0), k = x.size(1);
   const Columns columns = check_structure(op, cols, row_ptr, k);
   const int64_t n = row_ptr.numel() - 1;
@@ -323,10 +319,10 @@ Tensor sampled_matmul(const Tensor& grad, const Tensor& x, const Tensor& cols_in
   check_device(op, "grad", grad, "x", x);
   check_device(op, "cols", cols, "x", x);
   const Stream stream = current_stream(x);
-  const Tensor out = torch::stable::new_empty(x, {cols.numel()});
+  const Tensor out = new_tensor(x, {cols.numel()});
   const int64_t padded = batch > kLaneBatch ? panel_count(batch, kWarp) * kWarp : 0;
-  const Tensor grad_panels = torch::stable::new_empty(x, {padded * n});
-  const Tensor x_panels = torch::stable::new_empty(x, {padded * k});
+  const Tensor grad_panels = new_tensor(x, {padded * n});
+  const Tensor x_panels = new_tensor(x, {padded * k});
   dispatch_float(op, "x", x, [&](auto type) {
     using X = typename decltype(type)::type;
     launch_sampled<X>(strided<X>(grad), strided<X>(x), output<X>(grad_panels), output<X>(x_panels),

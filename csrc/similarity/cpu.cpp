@@ -39,7 +39,7 @@ Tensor row_normalize(const Tensor& x_in, const std::string& kind_name) {
   const Tensor x = contiguous_as(x_in, compute_type(x_in.scalar_type()));
   // A copy that was made for the kernel is overwritten: one copy of the input is enough.
   const bool own = x.const_data_ptr() != x_in.const_data_ptr();
-  const Tensor out = own ? x : torch::stable::new_empty(x, x.sizes());
+  const Tensor out = own ? x : new_tensor(x, x.sizes());
   const int64_t n = x.size(0), k = x.size(1);
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -72,15 +72,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_pairs(
   const Inputs in(op, x, y);
   const Kind parsed = parse_kind(op, kind);
   Tensor row, col, value;
-  const Tensor truncated = torch::stable::new_empty(in.x, {}, ScalarType::Bool);
+  const Tensor truncated = new_tensor(in.x, {}, ScalarType::Bool);
   with_type(in.type, [&](auto zero) {
     using T = decltype(zero);
     const Problem<T> problem(in.x, in.y, parsed, absolute, recheck, bf16);
     PairSearch<T> search(problem, threshold, include_self, max_pairs);
     search.run();
-    row = torch::stable::new_empty(in.x, {search.size()}, ScalarType::Long);
-    col = torch::stable::new_empty(in.x, {search.size()}, ScalarType::Long);
-    value = torch::stable::new_empty(in.x, {search.size()});
+    row = new_tensor(in.x, {search.size()}, ScalarType::Long);
+    col = new_tensor(in.x, {search.size()}, ScalarType::Long);
+    value = new_tensor(in.x, {search.size()});
     search.copy(mutable_data<int64_t>(row), mutable_data<int64_t>(col), mutable_data<T>(value));
     *mutable_data<bool>(truncated) = search.truncated();
   });
@@ -96,8 +96,8 @@ std::tuple<Tensor, Tensor> similarity_topk(const Tensor& x, const std::optional<
   const Inputs in(op, x, y);
   const Kind parsed = parse_kind(op, kind);
   check_k(op, k);
-  const Tensor values = torch::stable::new_empty(in.x, {in.x.size(0), k});
-  const Tensor indices = torch::stable::new_empty(in.x, {in.x.size(0), k}, ScalarType::Long);
+  const Tensor values = new_tensor(in.x, {in.x.size(0), k});
+  const Tensor indices = new_tensor(in.x, {in.x.size(0), k}, ScalarType::Long);
   with_type(in.type, [&](auto zero) {
     using T = decltype(zero);
     const Problem<T> problem(in.x, in.y, parsed, absolute, recheck, bf16);
@@ -112,7 +112,7 @@ Tensor similarity_clusters(const Tensor& x, double threshold, const std::string&
   const char* op = "similarity_clusters";
   const Inputs in(op, x, std::nullopt);
   const Kind parsed = parse_kind(op, kind);
-  const Tensor labels = torch::stable::new_empty(in.x, {in.x.size(0)}, ScalarType::Long);
+  const Tensor labels = new_tensor(in.x, {in.x.size(0)}, ScalarType::Long);
   with_type(in.type, [&](auto zero) {
     using T = decltype(zero);
     const Problem<T> problem(in.x, std::nullopt, parsed, absolute, true);

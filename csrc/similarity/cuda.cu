@@ -43,8 +43,8 @@ Tensor row_normalize(const Tensor& x, const std::string& kind_name) {
   check_rows(op, "x", x);
   const DeviceScope scope(x);
   const Stream stream = current_stream(x);
-  const Tensor rows = torch::stable::contiguous(x);
-  const Tensor unit = torch::stable::new_empty(rows, rows.sizes());
+  const Tensor rows = as_contiguous(x);
+  const Tensor unit = new_tensor(rows, rows.sizes());
   dispatch_float(op, "x", rows, [&](auto type) {
     using T = typename decltype(type)::type;
     launch_normalize<T>(input<T>(rows), rows.size(0), rows.size(1), kind, output<T>(unit), nullptr,
@@ -67,8 +67,7 @@ struct Side {
 template <class T>
 Side side_of(const Tensor& x_in, Kind kind, Stream stream) {
   const Tensor x = contiguous_as(x_in, compute_type(x_in.scalar_type()));
-  Side side{x, torch::stable::new_empty(x, x.sizes()),
-            torch::stable::new_empty(x, {x.size(0) * 4}, ScalarType::Double)};
+  Side side{x, new_tensor(x, x.sizes()), new_tensor(x, {x.size(0) * 4}, ScalarType::Double)};
   static_assert(sizeof(Row) == 4 * sizeof(double));
   launch_normalize<T>(input<T>(x), x.size(0), x.size(1), kind, output<T>(side.unit),
                       reinterpret_cast<Row*>(output<double>(side.rows)), stream);
@@ -111,10 +110,9 @@ FoundPairs<T> find_pairs(const Search<T>& s, double threshold, int64_t max_pairs
   int64_t row_limit = s.x.n;
   FoundPairs<T> found{x, x, 0, false};
   for (int pass = 0;; ++pass) {
-    const Tensor counts =
-        torch::stable::fill_(torch::stable::new_empty(x, {s.x.n + 1}, ScalarType::Long), 0.0);
-    found.keys = torch::stable::new_empty(x, {capacity}, ScalarType::Long);
-    found.values = torch::stable::new_empty(x, {capacity});
+    const Tensor counts = torch::stable::fill_(new_tensor(x, {s.x.n + 1}, ScalarType::Long), 0.0);
+    found.keys = new_tensor(x, {capacity}, ScalarType::Long);
+    found.values = new_tensor(x, {capacity});
     auto* cells = reinterpret_cast<unsigned long long*>(output<int64_t>(counts));
     launch_pairs<T>(s, threshold,
                     {output<int64_t>(found.keys), output<T>(found.values), capacity, row_limit,
@@ -127,7 +125,7 @@ FoundPairs<T> find_pairs(const Search<T>& s, double threshold, int64_t max_pairs
     if (!found.truncated) continue;
     const Tensor ends =
         call("aten::cumsum", "", first(counts, s.x.n), int64_t{0}, std::optional<ScalarType>());
-    const Tensor limit = torch::stable::new_empty(x, {2}, ScalarType::Long);
+    const Tensor limit = new_tensor(x, {2}, ScalarType::Long);
     launch_row_limit(input<int64_t>(ends), s.x.n, max_pairs, output<int64_t>(limit), stream);
     row_limit = read_back(input<int64_t>(limit), stream);
     capacity = read_back(input<int64_t>(limit) + 1, stream);
@@ -156,12 +154,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_pairs(
     const Tensor order = first(call("aten::argsort", "", used, int64_t{0}, false), count);
     const Tensor keys = call("aten::index_select", "", used, int64_t{0}, order);
     value = call("aten::index_select", "", first(found.values, found.count), int64_t{0}, order);
-    row = torch::stable::new_empty(keys, {count});
-    col = torch::stable::new_empty(keys, {count});
+    row = new_tensor(keys, {count});
+    col = new_tensor(keys, {count});
     launch_split(input<int64_t>(keys), count, std::max<int64_t>(1, s.y.n), output<int64_t>(row),
                  output<int64_t>(col), stream);
-    truncated = torch::stable::fill_(torch::stable::new_empty(left.x, {}, ScalarType::Bool),
-                                     found.truncated ? 1.0 : 0.0);
+    truncated =
+        torch::stable::fill_(new_tensor(left.x, {}, ScalarType::Bool), found.truncated ? 1.0 : 0.0);
   });
   return {row, col, value, truncated};
 }
@@ -184,10 +182,10 @@ std::tuple<Tensor, Tensor> similarity_topk(const Tensor& x, const std::optional<
     const Side left = side_of<T>(x, kind, stream);
     const Side right = y ? side_of<T>(*y, kind, stream) : left;
     const auto s = search_of<T>(left, right, !y, kind, absolute, include_self, recheck);
-    values = torch::stable::new_empty(left.x, shape);
-    indices = torch::stable::new_empty(left.x, shape, ScalarType::Long);
-    const Tensor keys = torch::stable::new_empty(left.x, shape, ScalarType::Double);
-    const Tensor found = torch::stable::new_empty(indices, shape);
+    values = new_tensor(left.x, shape);
+    indices = new_tensor(left.x, shape, ScalarType::Long);
+    const Tensor keys = new_tensor(left.x, shape, ScalarType::Double);
+    const Tensor found = new_tensor(indices, shape);
     launch_topk<T>(s, {output<double>(keys), output<int64_t>(found), k}, output<T>(values),
                    output<int64_t>(indices), stream);
   });
@@ -202,9 +200,9 @@ Tensor similarity_clusters(const Tensor& x, double threshold, const std::string&
   const DeviceScope scope(x);
   const Stream stream = current_stream(x);
   const int64_t n = x.size(0);
-  const Tensor parent = torch::stable::new_empty(x, {n}, ScalarType::Int);
-  const Tensor roots = torch::stable::new_empty(x, {n}, ScalarType::Long);
-  const Tensor labels = torch::stable::new_empty(roots, {n});
+  const Tensor parent = new_tensor(x, {n}, ScalarType::Int);
+  const Tensor roots = new_tensor(x, {n}, ScalarType::Long);
+  const Tensor labels = new_tensor(roots, {n});
   with_type(x, [&](auto type) {
     using T = typename decltype(type)::type;
     const Side side = side_of<T>(x, kind, stream);

@@ -55,8 +55,7 @@ Tensor splat2d(const Tensor& mu_in, const Tensor& chol_in, const Tensor& feat_in
   const ScalarType type = compute_type(mu_in);
   const Tensor mu = contiguous_as(mu_in, type), chol = contiguous_as(chol_in, type);
   const Tensor feat = contiguous_as(feat_in, type);
-  const Tensor image =
-      torch::stable::new_empty(mu, {mu.size(0), feat.size(2), height, width}, type);
+  const Tensor image = new_tensor(mu, {mu.size(0), feat.size(2), height, width}, type);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
     Scene<T> scene(mu, chol, counts, height, width, Cut::of<T>(cutoff));
@@ -153,10 +152,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat2d_backward(
   const Tensor mu = contiguous_as(mu_in, type), chol = contiguous_as(chol_in, type);
   const Tensor feat = contiguous_as(feat_in, type), grad = in_type(grad_in, type);
   const int64_t batch = mu.size(0), n = mu.size(1), channels = feat.size(2);
-  const Tensor d_mu = torch::stable::new_empty(mu, {batch, n, 2}, type);
-  const Tensor d_chol = torch::stable::new_empty(mu, {batch, n, 3}, type);
-  const Tensor d_feat = torch::stable::new_empty(mu, {batch, n, channels}, type);
-  const Tensor abs_mu = torch::stable::new_empty(mu, {batch, with_stats ? n : 0, 2}, type);
+  const Tensor d_mu = new_tensor(mu, {batch, n, 2}, type);
+  const Tensor d_chol = new_tensor(mu, {batch, n, 3}, type);
+  const Tensor d_feat = new_tensor(mu, {batch, n, channels}, type);
+  const Tensor abs_mu = new_tensor(mu, {batch, with_stats ? n : 0, 2}, type);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
     Scene<T> scene(mu, chol, counts, grad.size(2), grad.size(3), Cut::of<T>(cutoff));
@@ -176,7 +175,7 @@ Tensor splat2d_pairs(const Tensor& mu_in, const Tensor& chol_in,
   check_cutoff(op, cutoff);
   const ScalarType type = compute_type(mu_in);
   const Tensor mu = contiguous_as(mu_in, type), chol = contiguous_as(chol_in, type);
-  const Tensor total = torch::stable::new_empty(mu, {mu.size(0)}, ScalarType::Long);
+  const Tensor total = new_tensor(mu, {mu.size(0)}, ScalarType::Long);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
     Scene<T> scene(mu, chol, counts, height, width, Cut::exactly(cutoff));

@@ -23,7 +23,7 @@ void with_type(ScalarType type, F&& f) {
 }
 
 Tensor bytes(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {count}, ScalarType::Byte);
+  return new_tensor(like, {count}, ScalarType::Byte);
 }
 
 // The Gaussians of a batch, prepared, with the memory that holds them.
@@ -67,7 +67,7 @@ template <class T>
 void draw(const Scene<T>& scene, const T* feat, T* image, const Tensor& like, Stream stream) {
   const Shape& s = scene.shape;
   const int64_t tiles = s.batch * s.tiles(), step = tiles_of_slab(s);
-  Tensor memory = torch::stable::new_empty(like, {step * s.words()}, ScalarType::Int);
+  Tensor memory = new_tensor(like, {step * s.words()}, ScalarType::Int);
   uint32_t* lists = reinterpret_cast<uint32_t*>(output<int32_t>(memory));
   for (int64_t first = 0; first < tiles; first += step) {
     const Slab slab{first, std::min(step, tiles - first)};
@@ -90,7 +90,7 @@ Tensor splat2d(const Tensor& mu, const Tensor& chol, const Tensor& feat_in,
   const Stream stream = current_stream(mu);
   const ScalarType type = compute_type(mu);
   const Shape s{mu.size(0), mu.size(1), feat_in.size(2), height, width};
-  Tensor image = torch::stable::new_empty(mu, {s.batch, s.channels, height, width}, type);
+  Tensor image = new_tensor(mu, {s.batch, s.channels, height, width}, type);
   if (s.batch * s.n * s.channels == 0) {
     torch::stable::zero_(image);
     return in_type(image, mu.scalar_type());
@@ -121,10 +121,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat2d_backward(const Tensor& grad_i
   const Stream stream = current_stream(mu);
   const ScalarType type = compute_type(mu), out = mu.scalar_type();
   const Shape s{mu.size(0), mu.size(1), feat_in.size(2), grad_in.size(2), grad_in.size(3)};
-  const Tensor d_mu = torch::stable::new_empty(mu, {s.batch, s.n, 2}, type);
-  const Tensor d_chol = torch::stable::new_empty(mu, {s.batch, s.n, 3}, type);
-  const Tensor d_feat = torch::stable::new_empty(mu, {s.batch, s.n, s.channels}, type);
-  const Tensor abs_mu = torch::stable::new_empty(mu, {s.batch, with_stats ? s.n : 0, 2}, type);
+  const Tensor d_mu = new_tensor(mu, {s.batch, s.n, 2}, type);
+  const Tensor d_chol = new_tensor(mu, {s.batch, s.n, 3}, type);
+  const Tensor d_feat = new_tensor(mu, {s.batch, s.n, s.channels}, type);
+  const Tensor abs_mu = new_tensor(mu, {s.batch, with_stats ? s.n : 0, 2}, type);
   if (s.batch * s.n > 0) {
     const Tensor feat = contiguous_as(feat_in, type), grad = contiguous_as(grad_in, type);
     with_type(type, [&](auto kind) {
@@ -149,7 +149,7 @@ Tensor splat2d_pairs(const Tensor& mu, const Tensor& chol, const std::optional<T
   const DeviceScope scope(mu);
   const Stream stream = current_stream(mu);
   const Shape s{mu.size(0), mu.size(1), 1, height, width};
-  Tensor totals = torch::stable::new_empty(mu, {s.batch}, ScalarType::Long);
+  Tensor totals = new_tensor(mu, {s.batch}, ScalarType::Long);
   torch::stable::zero_(totals);
   if (s.batch * s.n == 0) return totals;
   with_type(compute_type(mu), [&](auto kind) {
