@@ -9,6 +9,7 @@
 namespace sapwood::logsemiring::device {
 
 inline constexpr int kWarps = kThreads / kWarp;
+inline constexpr int64_t kCircuitBlocks = 2048;  // more than any GPU runs at once
 
 // x (m, B, k) of any strides, side by side in each row.
 template <class T>
@@ -27,16 +28,16 @@ struct CircuitRows {
   int64_t evidence_columns;
 };
 
-// What a row keeps; all but the values may be null on the way there.
+// What a block keeps of its row; all but the values may be null on the way there.
 struct CircuitState {
-  double* values;  // (B, columns)
-  double* slopes;  // (B, columns)
-  double* tops;    // (B, sums) the maximum of the terms of a sum
-  double* shares;  // (B, sums) what turns a scaled term into a probability
-  int32_t* lists;  // (B, sums) which list its evidence selects, -1 for none
+  double* values;  // (blocks, columns)
+  double* slopes;  // (blocks, columns)
+  double* tops;    // (blocks, sums) the maximum of the terms of a sum
+  double* shares;  // (blocks, sums) what turns a scaled term into a probability
+  int32_t* lists;  // (blocks, sums) which list its evidence selects, -1 for none
 
-  SAPWOOD_HD CircuitState at(int64_t row, const CircuitCounts& n) const {
-    const int64_t c = row * n.columns(), s = row * n.sums;
+  SAPWOOD_HD CircuitState at(int64_t block, const CircuitCounts& n) const {
+    const int64_t c = block * n.columns(), s = block * n.sums;
     if (slopes == nullptr) return {values + c, nullptr, nullptr, nullptr, nullptr};
     return {values + c, slopes + c, tops + s, shares + s, lists + s};
   }
@@ -128,12 +129,13 @@ __device__ inline void walk_row(const Circuit& c, const CircuitInput<T>& x, cons
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     circuit_kernel(Circuit c, CircuitInput<T> x, CircuitRows g, CircuitState state, T* out) {
+  const CircuitState s = state.at(blockIdx.x, c.n);
   for (int64_t row = blockIdx.x; row < g.rows; row += gridDim.x) {
-    const CircuitState s = state.at(row, c.n);
     walk_row(c, x, g, row, s);
     for (int64_t r = threadIdx.x; r < c.n.results; r += kThreads) {
       out[row * c.n.results + r] = static_cast<T>(s.values[c.results[r]]);
     }
+    __syncthreads();
   }
 }
 
@@ -160,8 +162,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                             const T* grad, T* out) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t warp = threadIdx.x / kWarp;
+  const CircuitState s = state.at(blockIdx.x, c.n);
   for (int64_t row = blockIdx.x; row < g.rows; row += gridDim.x) {
-    const CircuitState s = state.at(row, c.n);
     walk_row(c, x, g, row, s);
     for (int64_t i = threadIdx.x; i < c.n.columns(); i += kThreads) s.slopes[i] = 0;
     __syncthreads();
