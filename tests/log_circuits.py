@@ -22,7 +22,7 @@ def anything(seed: int, inputs: int, sums: int, most: int = 5) -> tuple[LogCircu
             Selector(number(0, columns - 1), number(-2, 2), number(1, 3), number(0, 2))
             for _ in range(number(0, 2))
         ]
-        lists = 1 + sum((s.count - 1) * s.stride for s in selectors) + number(0, 1)
+        lists = 1 + sum((s.size - 1) * s.stride for s in selectors) + number(0, 1)
         most_factors = 3 if inputs + j else 0
         terms = [
             [

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 #include "logsemiring/circuit.h"
@@ -24,8 +25,7 @@ class CircuitProblem {
         }
       }
     }
-    for (int32_t j = 0; j < kSecond;
-         ++j) {  // more terms than a warp has lanes, of one to three factors
+    for (int32_t j = 0; j < kSecond; ++j) {  // more terms than a warp has lanes
       sums_.emplace_back(1);
       for (int32_t i = 0; i < kSecond; ++i) {
         std::vector<int32_t> term(1 + i % 3, kInputs + (i + j) % kFirst);
@@ -119,8 +119,10 @@ class CircuitProblem {
     }
     const std::vector<int32_t> results{kColumns - 1, kInputs, kColumns - 1};  // one of them twice
     const std::vector<int32_t> heads{0, kHead, kHead, kInputs}, levels{0, kFirst, kFirst + kSecond};
-    for (const auto* part : {&results, &heads, &selector_ptr, &selectors, &list_ptr, &term_ptr,
-                             &factor_ptr, &factors, &levels, &order, &reader_ptr, &readers}) {
+    using Part = const std::vector<int32_t>*;
+    for (const Part part : std::initializer_list<Part>{&results, &heads, &selector_ptr, &selectors,
+                                                       &list_ptr, &term_ptr, &factor_ptr, &factors,
+                                                       &levels, &order, &reader_ptr, &readers}) {
       packed_.insert(packed_.end(), part->begin(), part->end());
     }
     const auto count = [](const std::vector<int32_t>& v) { return static_cast<int64_t>(v.size()); };
