@@ -143,9 +143,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T>
 __device__ inline void gather_slope(const Circuit& c, int64_t column, const CircuitState& s,
                                     int lane) {
+  const int64_t first = c.reader_ptr[column], end = c.reader_ptr[column + 1];
+  if (first == end) return;  // spares the sum over the warp
   double total = 0;
   SAPWOOD_ROLLED
-  for (int64_t r = c.reader_ptr[column] + lane; r < c.reader_ptr[column + 1]; r += kWarp) {
+  for (int64_t r = first + lane; r < end; r += kWarp) {
     const int64_t sum = c.readers[2 * r], term = c.readers[2 * r + 1], list = s.lists[sum];
     const double slope = s.slopes[c.n.inputs + sum];
     if (slope == 0 || list < 0 || term < c.term_ptr[list] || term >= c.term_ptr[list + 1]) continue;
