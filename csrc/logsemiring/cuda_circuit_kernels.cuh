@@ -50,7 +50,7 @@ SAPWOOD_HD inline T scaled_term(double x, double top) {
   return std::exp(static_cast<T>(x - (top == -infinity<double>() ? 0.0 : top)));
 }
 
-SAPWOOD_HD inline double circuit_term(const Circuit& c, const double* values, int64_t term) {
+__device__ inline double circuit_term(const Circuit& c, const double* values, int64_t term) {
   double product = 0;
   SAPWOOD_ROLLED
   for (int64_t f = c.factor_ptr[term]; f < c.factor_ptr[term + 1]; ++f) {
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       s.slopes[c.results[r]] += static_cast<double>(grad[row * c.n.results + r]);
     }
     __syncthreads();
-    for (int64_t level = c.n.levels - 1; level >= 0; --level) {
+    for (int64_t level = c.n.levels - 2; level >= 0; --level) {  // nothing reads the last one
       for (int64_t i = c.level_ptr[level] + warp; i < c.level_ptr[level + 1]; i += kWarps) {
         gather_slope<T>(c, c.n.inputs + c.level_sums[i], s, lane);
       }

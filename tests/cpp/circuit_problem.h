@@ -14,7 +14,7 @@ namespace sapwood::logsemiring {
 class CircuitProblem {
  public:
   static constexpr int32_t kHead = 6, kInputs = 2 * kHead, kFirst = 5, kSecond = 40;
-  static constexpr int32_t kColumns = kInputs + kFirst + kSecond, kResults = 3;
+  static constexpr int32_t kColumns = kInputs + kFirst + kSecond, kResults = 4;
 
   CircuitProblem() {
     for (int32_t j = 0; j < kFirst; ++j) {  // pairs of one entry of each head
@@ -117,7 +117,8 @@ class CircuitProblem {
       }
       reader_ptr.push_back(static_cast<int32_t>(readers.size() / 2));
     }
-    const std::vector<int32_t> results{kColumns - 1, kInputs, kColumns - 1};  // one of them twice
+    // One of them twice, and an input.
+    const std::vector<int32_t> results{kColumns - 1, kInputs, kColumns - 1, kHead};
     const std::vector<int32_t> heads{0, kHead, kHead, kInputs}, levels{0, kFirst, kFirst + kSecond};
     using Part = const std::vector<int32_t>*;
     for (const Part part : std::initializer_list<Part>{&results, &heads, &selector_ptr, &selectors,
