@@ -1,42 +1,11 @@
-"""Circuits for the tests: additions of digits, and any circuit at random."""
+"""Circuits for the tests, at random, and evidence for them."""
 
 from __future__ import annotations
-
-import itertools
 
 import torch
 from torch import Tensor
 
 from sapwood.ops import CircuitSum, LogCircuit, Selector
-
-
-def addition(digits: int, base: int = 10) -> LogCircuit:
-    """The mass of a sum of two numbers, given by its digits, least significant first.
-
-    Inputs are the heads of all digits in turn (2 * digits, base); the evidence has digits + 1 columns.
-    """
-    inputs = 2 * digits * base
-    sums: list[CircuitSum] = []
-    carries: list[int] = []  # columns of "no carry" and "carry" so far
-    for position in range(digits):
-        first, second = 2 * position * base, (2 * position + 1) * base
-        before = list(enumerate(carries)) or [(0, -1)]
-        known = Selector(position, 0, base)
-        for out in (0, 1):
-            lists = [
-                [
-                    tuple(f for f in (first + a, second + b, column) if f >= 0)
-                    for a, b in itertools.product(range(base), repeat=2)
-                    for carry, column in before
-                    if a + b + carry == digit + base * out
-                ]
-                for digit in range(base)
-            ]
-            sums.append(CircuitSum(lists, [known]))
-        carries = [inputs + len(sums) - 2, inputs + len(sums) - 1]
-    sums.append(CircuitSum([[(carries[0],)], [(carries[1],)]], [Selector(digits, 0, 2)]))
-    heads = [(i * base, (i + 1) * base) for i in range(2 * digits)]
-    return LogCircuit(inputs, sums, [inputs + len(sums) - 1], heads)
 
 
 def anything(seed: int, inputs: int, sums: int, most: int = 5) -> tuple[LogCircuit, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import sapwood.ops  # noqa: F401  declares the ops
+from sapwood.cli.benchmarks.logsemiring_circuits import addition
 from sapwood.ops import CircuitSum, LogCircuit, Selector
 from tests import log_circuits
 from tests.check_op import (
@@ -364,8 +365,8 @@ def circuit_samples() -> list[tuple[str, tuple[Any, ...]]]:
     seen = torch.tensor([[3], [3]])
     found = [
         ("main", circuit_args(small, 2, 2, seen)),
-        ("three digits", circuit_args(log_circuits.addition(3), 40, 6, sums_of(40, 3))),
-        ("no rows", circuit_args(log_circuits.addition(1), 0, 2, sums_of(0, 1)[:0])),
+        ("three digits", circuit_args(addition(3), 40, 6, sums_of(40, 3))),
+        ("no rows", circuit_args(addition(1), 0, 2, sums_of(0, 1)[:0])),
         ("no inputs", circuit_args(LogCircuit(0, [], []), 3, 1, None)),
     ]
     for seed, (inputs, sums) in enumerate([(1, 1), (3, 4), (9, 12), (0, 3), (4, 0), (30, 40)]):
@@ -407,7 +408,7 @@ class TestLogCircuitBackward(CircuitBattery):
             (normal(args[0].shape[1], args[3][1]), *args),
             (0, 1) if differentiable(args) else (),
             MAIN if name == "main" else frozenset(),
-        )  # fmt: skip
+        )
         for name, args in circuit_samples()
     )
 

@@ -43,14 +43,16 @@ struct Circuit {
   // The list that a row's evidence selects; -1 where a value is not among those of its selector.
   SAPWOOD_HD int64_t list_of(int64_t sum, const int64_t* evidence) const {
     int64_t list = list_ptr[sum];
+    const int64_t end = list_ptr[sum + 1];
     for (int64_t s = selector_ptr[sum]; s < selector_ptr[sum + 1]; ++s) {
       const int32_t* selector = selectors + 4 * s;
       const uint64_t place = static_cast<uint64_t>(evidence[selector[0]]) -
                              static_cast<uint64_t>(int64_t{selector[1]});
       if (place >= static_cast<uint64_t>(int64_t{selector[2]})) return -1;
       list += static_cast<int64_t>(place) * selector[3];
+      if (list >= end) return -1;  // here: many selectors could overflow
     }
-    return list < list_ptr[sum + 1] ? list : -1;
+    return list < end ? list : -1;
   }
 };
 

@@ -1,6 +1,7 @@
 // The ops over circuits: tensors in, launches of the kernels in cuda_circuit_kernels.cuh.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -50,15 +51,15 @@ inline Tensor log_circuit(const Tensor& x_in, const OptionalTensor& evidence, co
   const DeviceScope scope(x_in);
   const CircuitCall call = circuit_call(op, x_in, evidence, tables, counts);
   const CircuitCounts& n = call.circuit.n;
-  const int64_t rows = call.x.size(1);
+  const int64_t rows = call.x.size(1), blocks = std::min(rows, kCircuitBlocks);
   const Tensor out = new_tensor(call.x, {rows, n.results});
-  const Tensor values = new_tensor(call.x, {rows, n.columns()}, ScalarType::Double);
+  const Tensor values = new_tensor(call.x, {blocks, n.columns()}, ScalarType::Double);
   if (rows > 0) {
     with_type(op, call.x, [&](auto zero) {
       using T = decltype(zero);
       auto kernel = circuit_kernel<T>;
       const CircuitState state{output<double>(values), nullptr, nullptr, nullptr, nullptr};
-      SAPWOOD_LAUNCH(kernel, grid_of(rows), kThreads, 0, current_stream(call.x), call.circuit,
+      SAPWOOD_LAUNCH(kernel, grid_of(blocks), kThreads, 0, current_stream(call.x), call.circuit,
                      call.in<T>(), call.rows(), state, output<T>(out));
       SAPWOOD_CUDA_CHECK(cudaGetLastError());
     });
@@ -73,24 +74,24 @@ inline Tensor log_circuit_backward(const Tensor& grad_in, const Tensor& x_in,
   const DeviceScope scope(x_in);
   const CircuitCall call = circuit_call(op, x_in, evidence, tables, counts);
   const CircuitCounts& n = call.circuit.n;
-  const int64_t rows = call.x.size(1);
+  const int64_t rows = call.x.size(1), blocks = std::min(rows, kCircuitBlocks);
   check_shape(op, "grad", grad_in, {rows, n.results});
   check_like(op, "grad", grad_in, x_in);
   const Tensor grad = as_contiguous(widened(grad_in));
   const Tensor out = new_tensor(call.x, {call.x.size(0), rows, call.x.size(2)});
   const auto doubles = [&](int64_t width) {
-    return new_tensor(call.x, {rows, width}, ScalarType::Double);
+    return new_tensor(call.x, {blocks, width}, ScalarType::Double);
   };
   const Tensor values = doubles(n.columns()), slopes = doubles(n.columns());
   const Tensor tops = doubles(n.sums), shares = doubles(n.sums);
-  const Tensor lists = new_tensor(call.x, {rows, n.sums}, ScalarType::Int);
+  const Tensor lists = new_tensor(call.x, {blocks, n.sums}, ScalarType::Int);
   if (rows > 0) {
     with_type(op, call.x, [&](auto zero) {
       using T = decltype(zero);
       auto kernel = circuit_backward_kernel<T>;
       const CircuitState state{output<double>(values), output<double>(slopes), output<double>(tops),
                                output<double>(shares), output<int32_t>(lists)};
-      SAPWOOD_LAUNCH(kernel, grid_of(rows), kThreads, 0, current_stream(call.x), call.circuit,
+      SAPWOOD_LAUNCH(kernel, grid_of(blocks), kThreads, 0, current_stream(call.x), call.circuit,
                      call.in<T>(), call.rows(), state, input<T>(grad), output<T>(out));
       SAPWOOD_CUDA_CHECK(cudaGetLastError());
     });

@@ -9,6 +9,7 @@
 namespace sapwood::logsemiring::device {
 
 inline constexpr int kWarps = kThreads / kWarp;
+inline constexpr int64_t kCircuitBlocks = 2048;  // more than any GPU runs at once
 
 // x (m, B, k) of any strides, side by side in each row.
 template <class T>
@@ -27,16 +28,16 @@ struct CircuitRows {
   int64_t evidence_columns;
 };
 
-// What a row keeps; all but the values may be null on the way there.
+// What a block keeps of its row; all but the values may be null on the way there.
 struct CircuitState {
-  double* values;  // (B, columns)
-  double* slopes;  // (B, columns)
-  double* tops;    // (B, sums) the maximum of the terms of a sum
-  double* shares;  // (B, sums) what turns a scaled term into a probability
-  int32_t* lists;  // (B, sums) which list its evidence selects, -1 for none
+  double* values;  // (blocks, columns)
+  double* slopes;  // (blocks, columns)
+  double* tops;    // (blocks, sums) the maximum of the terms of a sum
+  double* shares;  // (blocks, sums) what turns a scaled term into a probability
+  int32_t* lists;  // (blocks, sums) which list its evidence selects, -1 for none
 
-  SAPWOOD_HD CircuitState at(int64_t row, const CircuitCounts& n) const {
-    const int64_t c = row * n.columns(), s = row * n.sums;
+  SAPWOOD_HD CircuitState at(int64_t block, const CircuitCounts& n) const {
+    const int64_t c = block * n.columns(), s = block * n.sums;
     if (slopes == nullptr) return {values + c, nullptr, nullptr, nullptr, nullptr};
     return {values + c, slopes + c, tops + s, shares + s, lists + s};
   }
@@ -49,7 +50,7 @@ SAPWOOD_HD inline T scaled_term(double x, double top) {
   return std::exp(static_cast<T>(x - (top == -infinity<double>() ? 0.0 : top)));
 }
 
-SAPWOOD_HD inline double circuit_term(const Circuit& c, const double* values, int64_t term) {
+__device__ inline double circuit_term(const Circuit& c, const double* values, int64_t term) {
   double product = 0;
   SAPWOOD_ROLLED
   for (int64_t f = c.factor_ptr[term]; f < c.factor_ptr[term + 1]; ++f) {
@@ -128,12 +129,13 @@ __device__ inline void walk_row(const Circuit& c, const CircuitInput<T>& x, cons
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     circuit_kernel(Circuit c, CircuitInput<T> x, CircuitRows g, CircuitState state, T* out) {
+  const CircuitState s = state.at(blockIdx.x, c.n);
   for (int64_t row = blockIdx.x; row < g.rows; row += gridDim.x) {
-    const CircuitState s = state.at(row, c.n);
     walk_row(c, x, g, row, s);
     for (int64_t r = threadIdx.x; r < c.n.results; r += kThreads) {
       out[row * c.n.results + r] = static_cast<T>(s.values[c.results[r]]);
     }
+    __syncthreads();
   }
 }
 
@@ -141,9 +143,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T>
 __device__ inline void gather_slope(const Circuit& c, int64_t column, const CircuitState& s,
                                     int lane) {
+  const int64_t first = c.reader_ptr[column], end = c.reader_ptr[column + 1];
+  if (first == end) return;  // spares the sum over the warp
   double total = 0;
   SAPWOOD_ROLLED
-  for (int64_t r = c.reader_ptr[column] + lane; r < c.reader_ptr[column + 1]; r += kWarp) {
+  for (int64_t r = first + lane; r < end; r += kWarp) {
     const int64_t sum = c.readers[2 * r], term = c.readers[2 * r + 1], list = s.lists[sum];
     const double slope = s.slopes[c.n.inputs + sum];
     if (slope == 0 || list < 0 || term < c.term_ptr[list] || term >= c.term_ptr[list + 1]) continue;
@@ -160,8 +164,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                             const T* grad, T* out) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t warp = threadIdx.x / kWarp;
+  const CircuitState s = state.at(blockIdx.x, c.n);
   for (int64_t row = blockIdx.x; row < g.rows; row += gridDim.x) {
-    const CircuitState s = state.at(row, c.n);
     walk_row(c, x, g, row, s);
     for (int64_t i = threadIdx.x; i < c.n.columns(); i += kThreads) s.slopes[i] = 0;
     __syncthreads();
@@ -169,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       s.slopes[c.results[r]] += static_cast<double>(grad[row * c.n.results + r]);
     }
     __syncthreads();
-    for (int64_t level = c.n.levels - 1; level >= 0; --level) {
+    for (int64_t level = c.n.levels - 2; level >= 0; --level) {  // nothing reads the last one
       for (int64_t i = c.level_ptr[level] + warp; i < c.level_ptr[level + 1]; i += kWarps) {
         gather_slope<T>(c, c.n.inputs + c.level_sums[i], s, lane);
       }

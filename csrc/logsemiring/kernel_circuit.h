@@ -32,7 +32,8 @@ inline bool circuit_is_sound(const Circuit& c, int64_t evidence_columns) {
                rises(c.factor_ptr, c.n.terms, c.n.factors) &&
                inside(c.results, c.n.results, c.n.columns());
   for (int64_t s = 0; sound && s < c.n.selectors; ++s) {
-    sound = inside(c.selectors + 4 * s, 1, evidence_columns) && c.selectors[4 * s + 3] >= 0;
+    sound = inside(c.selectors + 4 * s, 1, evidence_columns) && c.selectors[4 * s + 2] >= 0 &&
+            c.selectors[4 * s + 3] >= 0;
   }
   for (int64_t h = 0; sound && h < c.n.heads; ++h) {
     const int32_t begin = c.heads[2 * h], end = c.heads[2 * h + 1];

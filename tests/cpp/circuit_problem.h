@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 #include "logsemiring/circuit.h"
@@ -13,7 +14,7 @@ namespace sapwood::logsemiring {
 class CircuitProblem {
  public:
   static constexpr int32_t kHead = 6, kInputs = 2 * kHead, kFirst = 5, kSecond = 40;
-  static constexpr int32_t kColumns = kInputs + kFirst + kSecond, kResults = 3;
+  static constexpr int32_t kColumns = kInputs + kFirst + kSecond, kResults = 4;
 
   CircuitProblem() {
     for (int32_t j = 0; j < kFirst; ++j) {  // pairs of one entry of each head
@@ -24,8 +25,7 @@ class CircuitProblem {
         }
       }
     }
-    for (int32_t j = 0; j < kSecond;
-         ++j) {  // more terms than a warp has lanes, of one to three factors
+    for (int32_t j = 0; j < kSecond; ++j) {  // more terms than a warp has lanes
       sums_.emplace_back(1);
       for (int32_t i = 0; i < kSecond; ++i) {
         std::vector<int32_t> term(1 + i % 3, kInputs + (i + j) % kFirst);
@@ -117,10 +117,13 @@ class CircuitProblem {
       }
       reader_ptr.push_back(static_cast<int32_t>(readers.size() / 2));
     }
-    const std::vector<int32_t> results{kColumns - 1, kInputs, kColumns - 1};  // one of them twice
+    // One of them twice, and an input.
+    const std::vector<int32_t> results{kColumns - 1, kInputs, kColumns - 1, kHead};
     const std::vector<int32_t> heads{0, kHead, kHead, kInputs}, levels{0, kFirst, kFirst + kSecond};
-    for (const auto* part : {&results, &heads, &selector_ptr, &selectors, &list_ptr, &term_ptr,
-                             &factor_ptr, &factors, &levels, &order, &reader_ptr, &readers}) {
+    using Part = const std::vector<int32_t>*;
+    for (const Part part : std::initializer_list<Part>{&results, &heads, &selector_ptr, &selectors,
+                                                       &list_ptr, &term_ptr, &factor_ptr, &factors,
+                                                       &levels, &order, &reader_ptr, &readers}) {
       packed_.insert(packed_.end(), part->begin(), part->end());
     }
     const auto count = [](const std::vector<int32_t>& v) { return static_cast<int64_t>(v.size()); };

@@ -120,7 +120,8 @@ void circuit() {
   std::vector<T> scaled(longest + kStrip<T>);
   const CircuitWalk<T> walk{values.data(), slopes.data(), terms.data(), scaled.data()};
   for (const int64_t evidence : {-1, 0, 1}) {
-    std::vector<double> want = normal<double>(c.n.inputs, 2.0, 11), results, grad{0.5, -1.0, 2.0};
+    std::vector<double> want = normal<double>(c.n.inputs, 2.0, 11), results;
+    const std::vector<double> grad{0.5, -1.0, 2.0, 1.5};
     std::copy(want.begin(), want.end(), values.begin());
     std::fill(slopes.begin(), slopes.end(), 0.0);
     problem.solve(want, evidence, grad, results);

@@ -260,16 +260,18 @@ void check_circuit() {
   const int64_t rows = 5, inputs = c.n.inputs, results = c.n.results;
   const std::vector<float> x = normal(rows * inputs, 9), grad = normal(rows * results, 10);
   const std::vector<int64_t> evidence{-1, 0, 1, 0, 2};
-  std::vector<double> values(rows * c.n.columns()), slopes(values), tops(rows * c.n.sums);
+  const unsigned blocks = 2;  // fewer than rows: each walks several
+  std::vector<double> values(blocks * c.n.columns()), slopes(values), tops(blocks * c.n.sums);
   std::vector<double> shares(tops);
   std::vector<int32_t> lists(tops.size());
   std::vector<float> out(rows * results), back(rows * inputs);
   const CircuitInput<float> in{x.data(), 0, inputs, 1, inputs};
   const CircuitRows given{rows, evidence.data(), 1};
   const CircuitState there{values.data(), nullptr, nullptr, nullptr, nullptr};
-  SAPWOOD_LAUNCH(circuit_kernel<float>, 2u, kThreads, 0, nullptr, c, in, given, there, out.data());
+  SAPWOOD_LAUNCH(circuit_kernel<float>, blocks, kThreads, 0, nullptr, c, in, given, there,
+                 out.data());
   const CircuitState state{values.data(), slopes.data(), tops.data(), shares.data(), lists.data()};
-  SAPWOOD_LAUNCH(circuit_backward_kernel<float>, 2u, kThreads, 0, nullptr, c, in, given, state,
+  SAPWOOD_LAUNCH(circuit_backward_kernel<float>, blocks, kThreads, 0, nullptr, c, in, given, state,
                  grad.data(), back.data());
   bool right = true;
   for (int64_t row = 0; row + 1 < rows; ++row) {

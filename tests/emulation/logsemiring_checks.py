@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapwood.cli.benchmarks.logsemiring_circuits import addition
 from sapwood.reference import logsemiring as reference
 from tests import log_circuits
 
@@ -319,7 +320,7 @@ def check_circuits(ops: Any, seed: int, dtype: torch.dtype, device: str = "cpu")
 
 def check_addition(ops: Any, digits: int, device: str = "cpu") -> None:
     """A long circuit of few terms, at scales where a product of masses underflows."""
-    circuit = log_circuits.addition(digits)
+    circuit = addition(digits)
     g = torch.Generator().manual_seed(digits)
     x = 1e4 * torch.randn(2 * digits, 5, 10, generator=g).to(device)
     seen = torch.randint(10, (5, digits + 1), generator=g)

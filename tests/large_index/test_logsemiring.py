@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from sapwood.cli.benchmarks.logsemiring_circuits import addition
+from sapwood.ops import CircuitSum, LogCircuit
 
 from .memory import FAR, apart, behind, last_blocks, last_of, on_linux, reserved
 
@@ -115,6 +118,56 @@ def test_states_of_2_31_entries() -> None:
     near = [x[:, -2:, -3:].contiguous() for x in (grad, states)]
     wanted, _ = torch.ops.sapwood.log_scan_backward(near[0], t[:, :1], near[1], False)
     torch.testing.assert_close(dt[:, -1:], wanted)
+
+
+# Circuits -----------------------------------------------------------------------------------------
+
+
+def test_rows_of_circuits_far_apart(ops: Any) -> None:
+    """Blocks, rows and inputs, each in turn, spread over more than 2^31 elements."""
+    circuit = addition(2)
+    x, grad = torch.randn(4, 3, 10), torch.randn(3, 1)
+    seen = torch.tensor([[3, 9, 0], [0, 0, 1], [10, 4, 0]])
+    rest = (circuit.tables(x.device), circuit.counts)
+    values = ops.log_circuit(x, seen, *rest)
+    slopes = ops.log_circuit_backward(grad, x, seen, *rest)
+    for dim in range(3):
+        far, far_seen, far_grad = apart(x, dim), apart(seen, dim % 2), apart(grad, 0)
+        assert torch.equal(ops.log_circuit(far, far_seen, *rest), values)
+        assert torch.equal(ops.log_circuit_backward(far_grad, far, far_seen, *rest), slopes)
+
+
+def ends_of(columns: int, results: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Tables and counts of a sum of the first and the last of many inputs."""
+    circuit = LogCircuit(columns, [CircuitSum([[(0,), (columns - 1,)]])], results)
+    return circuit.tables(torch.device("cpu")), circuit.counts
+
+
+def test_last_rows_of_2_31_results_of_circuits(emulated: Any) -> None:
+    """The last block walks every 2048th row, the last one among them."""
+    columns, rows = 2**17 + 16, 8 * 2048
+    rest = (None, *ends_of(columns, range(1, columns + 1)))
+    near, near_grad = torch.randn(1, columns), torch.randn(1, columns)
+    x, grad = last_of(near, rows)[None], last_of(near_grad, rows)
+    with last_blocks():
+        values = emulated.log_circuit(x, *rest)
+        slopes = emulated.log_circuit_backward(grad, x, *rest)
+    assert min(values.numel(), slopes.numel()) > FAR
+    assert torch.equal(values[-1:], emulated.log_circuit(near[None], *rest))
+    assert torch.equal(slopes[:, -1:], emulated.log_circuit_backward(near_grad, near[None], *rest))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("room")
+def test_gradients_of_2_31_inputs_of_circuits() -> None:
+    columns, rows = 4096, 2**19 + 1
+    rest = (None, *ends_of(columns, [columns]))
+    near, grad = torch.randn(columns), last_of(torch.tensor([[2.0]]), rows)
+    slopes = torch.ops.sapwood.log_circuit_backward(grad, near.expand(1, rows, columns), *rest)
+    wanted = 2 * near[[0, -1]].softmax(0)
+    torch.testing.assert_close(slopes[0, -1, [0, -1]], wanted)
+    assert slopes[0, -1].count_nonzero() == 2
+    assert not slopes[0, :-1, -1].any()
 
 
 # Segments -----------------------------------------------------------------------------------------

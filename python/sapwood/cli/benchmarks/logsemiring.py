@@ -10,6 +10,7 @@ from torch import Tensor
 
 import sapwood
 from sapwood._measure import Call
+from sapwood.cli.benchmarks import logsemiring_circuits as circuits
 from sapwood.cli.benchmarks.runner import Unavailable, WrongResult
 
 #: op -> (baseline, providers)
@@ -25,12 +26,13 @@ PROVIDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "segment_max": ("scatter", ("scatter", "sapwood")),
     "log_scan": ("loop", ("loop", "sapwood")),
     "log_scan_argmax": ("loop", ("loop", "sapwood")),
+    "log_circuit": ("loop", ("loop", "gather", "sapwood")),
 }
 
 
 @dataclass(frozen=True)
 class LogsemiringCase:
-    """One size: a batch of products (M, K) by (K, N), a chain, or entries in segments."""
+    """One size: a batch of products (M, K) by (K, N), a chain, segments, or a circuit."""
 
     op: str
     batch: int
@@ -106,6 +108,8 @@ def cases(*, quick: bool, device: str = "cpu", dtype: str = "float32") -> Iterat
     yield LogsemiringCase("segment_max", 1, 20_000, 1, 300, dtype, device)
     yield LogsemiringCase("log_scan", 32, 64, 2, 2, dtype, device)
     yield LogsemiringCase("log_scan_argmax", 32, 64, 8, 8, dtype, device)
+    for digits in (4,) if quick else (1, 4, 15):
+        yield LogsemiringCase("log_circuit", 32, digits, 10, 2, dtype, device)
 
 
 def _forward(case: LogsemiringCase, provider: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -284,6 +288,22 @@ def _chain(case: LogsemiringCase, provider: str) -> Call:
     return step
 
 
+def _addition(case: LogsemiringCase, provider: str) -> Call:
+    """Sums of two numbers of m digits in base k, forward and gradient."""
+    generator = torch.Generator().manual_seed(case.m)
+    x = torch.randn(2 * case.m, case.batch, case.k, generator=generator) * case.scale
+    x = x.to(case.device, getattr(torch, case.dtype)).requires_grad_()
+    sums = circuits.sums(case.batch, case.m, case.k, generator).to(case.device)
+    call = circuits.PROVIDERS[provider](case.m, case.k)
+
+    def step() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            y = call(x, sums)
+            return y.detach(), *torch.autograd.grad(y.sum(), x)
+
+    return step
+
+
 _BUILDERS: dict[str, Callable[[LogsemiringCase, str], Call]] = {
     "log_matmul": _values,
     "log_matmul_grad": _gradients,
@@ -296,6 +316,7 @@ _BUILDERS: dict[str, Callable[[LogsemiringCase, str], Call]] = {
     "segment_max": _segment_forward,
     "log_scan": _chain,
     "log_scan_argmax": _best_path,
+    "log_circuit": _addition,
 }
 
 __all__ = ["PROVIDERS", "LogsemiringCase", "cases"]

@@ -31,6 +31,11 @@ Terms: TypeAlias = "Ints | Sequence[Sequence[int]]"
 class Selector(NamedTuple):
     """How a value of the evidence moves a sum to another of its lists.
 
+    Example:
+        >>> from sapwood.ops import Selector
+        >>> Selector(column=0, first=1, size=6)  # the face of a die: list 0 for 1, ..., 5 for 6
+        Selector(column=0, first=1, size=6, stride=1)
+
     Args:
         column: of the evidence.
         first: the smallest value that is known.
@@ -48,10 +53,22 @@ class Selector(NamedTuple):
 class CircuitSum:
     """A sum of products; with selectors, one sum for each value of the evidence.
 
+    Example:
+        >>> import torch
+        >>> from sapwood.ops import CircuitSum, LogCircuit, Selector, log_circuit
+        >>> ones = CircuitSum([[(1, 3)], [(0, 3), (1, 2)], [(0, 2)]], [Selector(0, 0, 3)])
+        >>> circuit = LogCircuit(4, [ones], results=[4])  # of two coins, so many show 0
+        >>> coins = torch.tensor([[0.5, 0.5, 0.75, 0.25]]).log().expand(3, 4)
+        >>> log_circuit(coins, circuit, torch.tensor([[0], [1], [2]])).exp()
+        tensor([[0.1250],
+                [0.5000],
+                [0.3750]])
+
     Args:
-        lists: the terms that may be summed, of which the first is without selectors; or one array
-            (lists, terms, factors), in which a term of -1 is left out.
-        selectors: they add up: the list taken is sum (value - first) * stride.
+        lists: at least one list of terms; a term is the product of its columns, () is one. Or one
+            array (lists, terms, factors), in which a term that begins with -1 is left out.
+        selectors: the list taken is number sum (value - first) * stride, over all of them; without
+            any, the first.
     """
 
     lists: Sequence[Terms] | Ints
@@ -80,8 +97,9 @@ class LogCircuit:
         heads: (begin, end) of inputs that are normalised first, as by log-softmax.
 
     Raises:
-        ValueError: for a column that does not exist or is not further left, a selector that reaches
-            beyond the lists, or heads that overlap.
+        ValueError: for a negative number of inputs, a column that does not exist or is not further
+            left, a sum without lists or an array of another shape, selectors that are negative or
+            reach beyond the lists, heads that overlap, or 2^31 of anything.
     """
 
     def __init__(
@@ -92,6 +110,8 @@ class LogCircuit:
         heads: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.inputs, self.num_sums, self.num_results = inputs, len(sums), len(results)
+        if inputs < 0:
+            _check.fail(ValueError, "LogCircuit", "inputs", "be at least 0", inputs)
         columns = inputs + len(sums)
         for result in results:
             _inside("results", result, columns)
@@ -115,9 +135,8 @@ class LogCircuit:
         ]  # fmt: skip
         flat = np.concatenate([p.reshape(-1).astype(np.int64) for p in parts])
         if len(flat) and max(abs(int(flat.min())), int(flat.max())) >= 2**31:
-            _check.fail(
-                ValueError, "LogCircuit", "numbers", "be smaller than 2^31", int(abs(flat).max())
-            )
+            got = int(abs(flat).max())
+            _check.fail(ValueError, "LogCircuit", "all numbers", "be smaller than 2^31", got)
         self._tables = {torch.device("cpu"): torch.from_numpy(flat.astype(np.int32))}
 
     def tables(self, device: torch.device) -> Tensor:
@@ -159,18 +178,30 @@ def _pointers(sizes: Sequence[int] | Ints) -> Ints:
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
+def _check_sum(number: int, total: CircuitSum) -> None:
+    """Its lists are there and its selectors stay among them; the columns are checked apart."""
+    lists, of_sum = total.lists, f"of sum {number}"
+    if isinstance(lists, np.ndarray) and (lists.ndim != 3 or lists.shape[2] == 0):
+        want = "be an array (lists, terms, at least one factor)"
+        _check.fail(ValueError, "LogCircuit", f"lists {of_sum}", want, f"shape {lists.shape}")
+    if len(lists) == 0:
+        _check.fail(ValueError, "LogCircuit", f"lists {of_sum}", "hold at least one list", "none")
+    for s in total.selectors:
+        if s.column < 0 or s.size < 1 or s.stride < 0:
+            want = "have column >= 0, size >= 1 and stride >= 0"
+            _check.fail(ValueError, "LogCircuit", f"selectors {of_sum}", want, s)
+    last = sum((s.size - 1) * s.stride for s in total.selectors)
+    if last >= len(lists):
+        want = f"reach at most list {len(lists) - 1}"
+        _check.fail(ValueError, "LogCircuit", f"selectors {of_sum}", want, last)
+
+
 def _pack(inputs: int, sums: Sequence[CircuitSum]) -> _Packed:
     """The tables of all sums one after the other, checked."""
     none = np.empty(0, dtype=np.int64)
     terms_of, factors_of, factors = [none], [none], [none]  # by list, by term, all
     for number, total in enumerate(sums):
-        last = sum((s.size - 1) * s.stride for s in total.selectors)
-        for s in total.selectors:
-            if s.column < 0 or s.size < 1 or s.stride < 0:
-                _check.fail(ValueError, "LogCircuit", f"selectors of sum {number}", "count up", s)
-        if last >= len(total.lists):
-            want = f"reach at most the last of {len(total.lists)} lists"
-            _check.fail(ValueError, "LogCircuit", f"selectors of sum {number}", want, last)
+        _check_sum(number, total)
         sizes, counts, columns = _flat(total.lists)
         terms_of.append(sizes)
         factors_of.append(counts)
@@ -227,14 +258,17 @@ def _explain(x: Tensor, *_: Any, **__: Any) -> _backend.Explanation:
 def log_circuit(x: Tensor, circuit: LogCircuit, evidence: Tensor | None = None) -> Tensor:
     """Evaluates a sum-product circuit on every row: log of sums of products, exact at any scale.
 
-    Example::
+    Example:
+        >>> import torch
+        >>> from sapwood.ops import CircuitSum, LogCircuit, log_circuit
+        >>> same = CircuitSum([[(0, 2), (1, 3)]])
+        >>> circuit = LogCircuit(4, [same], results=[4], heads=[(0, 2), (2, 4)])
+        >>> logits = torch.tensor([[0.0, 0.0, 1e4, 0.0]])  # the first coin is fair
+        >>> log_circuit(logits, circuit).exp()
+        tensor([[0.5000]])
 
-        same = sapwood.ops.CircuitSum([[(0, 2), (1, 3)]])
-        circuit = sapwood.ops.LogCircuit(4, [same], results=[4], heads=[(0, 2), (2, 4)])
-        y = sapwood.ops.log_circuit(torch.randn(32, 4), circuit)   # (32, 1)
-
-    One pass over the circuit serves a row, and one pass back its gradient; nothing but ``x`` is kept
-    in between.
+    One pass over the circuit serves a row, and one pass back its gradient; nothing but ``x`` is
+    kept in between.
 
     Args:
         x: (B, n) logarithms of the inputs, or (m, B, k) with n = m k: m blocks side by side, as a
