@@ -117,8 +117,8 @@ class CircuitProblem {
       }
       reader_ptr.push_back(static_cast<int32_t>(readers.size() / 2));
     }
-    const std::vector<int32_t> results{kColumns - 1, kInputs, kColumns - 1};  // one of them twice
-    const std::vector<int32_t> heads{0, kHead, kHead, kInputs}, levels{0, kFirst, kFirst + kSecond};
+    std::vector<int32_t> results{kColumns - 1, kInputs, kColumns - 1};  // one of them twice
+    std::vector<int32_t> heads{0, kHead, kHead, kInputs}, levels{0, kFirst, kFirst + kSecond};
     for (const auto* part : {&results, &heads, &selector_ptr, &selectors, &list_ptr, &term_ptr,
                              &factor_ptr, &factors, &levels, &order, &reader_ptr, &readers}) {
       packed_.insert(packed_.end(), part->begin(), part->end());
