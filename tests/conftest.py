@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,17 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data", type=Path, default=None, help="folder of real data sets")
     parser.addoption("--emulation-library", type=Path, default=None, help="the built _ops_emu.so")
+
+
+def pytest_collection_finish() -> None:
+    """Drawn examples must not follow which modules a process has loaded, nor what those contain.
+
+    Hypothesis takes up to one number in twenty from the constants of the loaded modules, and has
+    no setting against it: an edit anywhere, or the tests that ran before, would change examples.
+    """
+    providers: Any = sys.modules.get("hypothesis.internal.conjecture.providers")
+    if hasattr(providers, "_get_local_constants"):
+        providers._get_local_constants = providers.Constants
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def test_columns(fmt: str, k: int) -> None:
     fmt=st.sampled_from(FORMATS),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=200, derandomize=True, deadline=None)
+@settings(max_examples=200, derandomize=True, database=None, deadline=None)
 def test_any_shape(n: int, k: int, batch: int, sparsity: float, fmt: str, seed: int) -> None:
     torch.manual_seed(seed)
     w, m = weight_and_mask(n, k, sparsity)

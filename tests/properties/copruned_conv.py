@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tests.test_copruned_conv as batteries
 from sapwood.reference import copruned_conv as reference
-from tests.properties.strategies import Arguments, Property, Source
+from tests.properties.strategies import SIZES, Arguments, Property, Source
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,14 @@ class _Call:
 
 
 def _call(s: Source) -> _Call:
-    batch, rows, cols = s.size(0, 3), s.size(1, 17), s.size(1, 17)  # torch takes no empty image
+    side = (1, SIZES[-1])  # torch takes no empty image
+    batch, rows, cols = s.sizes((0, 9), side, side, most=4225)
     kernel = s.pick(((1, 1), (3, 3), (1, 3), (3, 1), (2, 2), (5, 5), (7, 7)))
     stride, dilation, padding = s.pick((1, 1, 2)), s.pick((1, 1, 2)), s.pick((0, 1, 3))
     tile, group, is_depthwise = s.pick((1, 2, 4, 8)), s.pick((8, 16)), s.flag()
-    groups_in = s.pick((1, 2)) * group
-    channels = groups_in if is_depthwise else s.pick((groups_in, groups_in, 3))
-    filters = channels if is_depthwise else group * s.pick((1, 2))
+    groups_in = s.pick((1, 2, 4)) * group
+    channels = groups_in if is_depthwise else s.pick((groups_in, groups_in, s.size(1)))
+    filters = channels if is_depthwise else group * s.pick((1, 2, 4))
     shape = [[stride] * 2, [padding] * 2, [dilation] * 2]
     size = reference.output_size((rows, cols), kernel, *shape)
     masks = (
@@ -63,7 +64,7 @@ def _backward(s: Source) -> Arguments:
 
 
 def _tiles(s: Source) -> Arguments:
-    return (s.mask(*(s.size(0, 17) for _ in range(s.pick((0, 1, 2, 3))))),)
+    return (s.mask(*(s.size() for _ in range(s.pick((0, 1, 2, 3))))),)
 
 
 PROPERTIES = {

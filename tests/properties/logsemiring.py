@@ -7,15 +7,18 @@ from torch import Tensor
 
 import tests.test_logsemiring as batteries
 from tests import log_circuits
-from tests.properties.strategies import Arguments, Property, Source
+from tests.properties.strategies import SIZES, Arguments, Property, Source
 
 SEED = 1234567890123
+_ANY = (0, SIZES[-1])
 
 
 def _operands(s: Source) -> tuple[Tensor, Tensor]:
     """a (B, M, K) and b (B, K, N); one in three large enough for the certified product."""
-    batch, most = (1, 33) if s.pick((False, False, True)) else (s.size(0, 3), 9)
-    m, k, n = s.size(0, most), s.size(0, most), s.size(0, most)
+    if s.pick((False, False, True)):
+        batch, m, k, n = 1, s.size(), s.size(), s.size()
+    else:
+        batch, m, k, n = s.sizes(_ANY, _ANY, _ANY, _ANY, most=16384)
     return s.normal(batch, m, k), s.normal(batch, k, n)
 
 
@@ -43,13 +46,13 @@ def _samples(s: Source) -> Arguments:
 
 def _segments(s: Source) -> tuple[Tensor, Tensor, Tensor | None]:
     """x (O, n, I), where each segment ends, and the order of the entries."""
-    count, n = s.size(0, 9), s.size()
-    n = n if count else 0
+    outer, n, inner = s.sizes(_ANY, _ANY, _ANY, most=32768)
+    count = s.size(1 if n else 0)
     index = torch.randint(max(count, 1), (n,), generator=s.generator)
     is_sorted = s.flag()
     index = index.sort().values if is_sorted else index
     ptr = torch.nn.functional.pad(index.bincount(minlength=count)[:count].cumsum(0), (1, 0))
-    x = s.normal(s.size(0, 3), n, s.size(0, 9))
+    x = s.normal(outer, n, inner)
     return x, ptr, None if is_sorted else index.argsort(stable=True)
 
 
@@ -69,7 +72,8 @@ def _segments_double_backward(s: Source) -> Arguments:
 
 def _chain(s: Source) -> tuple[int, int, int]:
     """Batch, length and states."""
-    return s.size(0, 9), s.size(0, 9), s.size(1, 9)
+    batch, length, k = s.sizes(_ANY, _ANY, (1, SIZES[-1]), most=4096)
+    return batch, length, k
 
 
 def _scan(s: Source) -> Arguments:
@@ -93,9 +97,9 @@ def _circuit(s: Source) -> Arguments:
     """Lists and terms of all lengths; some evidence is not known."""
     seed = int(torch.randint(10_000, (), generator=s.generator))
     inputs = s.size()
-    circuit, columns = log_circuits.anything(seed, inputs, s.size(0, 9))
+    circuit, columns = log_circuits.anything(seed, inputs, s.size(0, 33))
     blocks = s.pick([m for m in (1, 2, 3) if inputs % m == 0])
-    rows = s.size(0, 9)
+    rows = s.size()
     x = s.normal(blocks, rows, inputs // blocks)
     seen = log_circuits.evidence(seed, rows, columns)
     return x, seen, circuit.tables(x.device), circuit.counts

@@ -9,16 +9,17 @@ from hypothesis import assume
 from torch import Tensor
 
 import tests.test_splat2d as batteries
-from tests.properties.strategies import Arguments, Property, Source
+from tests.properties.strategies import SIZES, Arguments, Property, Source
 from tests.splat2d_scenes import CUTOFF, NARROW_BORDER, Terms
 
 _CUTOFFS = (CUTOFF, 4.0, math.inf)
+_ANY, _SIDE = (0, SIZES[-1]), (1, SIZES[-1])
 
 
 def _scene(s: Source) -> tuple[Tensor, Tensor, Tensor | None, int, int, float]:
     """Centres, shapes, counts, and the image."""
-    batch, n = s.size(0, 3), s.size(0, 9)
-    height, width, cutoff = s.size(1, 33), s.size(1, 17), s.pick(_CUTOFFS)
+    batch, n, height, width = s.sizes((0, 9), _ANY, _SIDE, _SIDE, most=65536)
+    cutoff = s.pick(_CUTOFFS)
     middle = torch.tensor([width / 2, height / 2], dtype=s.dtype)
     mu = s.normal(batch, n, 2) * middle + middle
     z = s.normal(batch, n, 3)
@@ -31,13 +32,13 @@ def _scene(s: Source) -> tuple[Tensor, Tensor, Tensor | None, int, int, float]:
 
 def _image(s: Source) -> Arguments:
     mu, chol, counts, height, width, cutoff = _scene(s)
-    feat = s.normal(*mu.shape[:2], s.size(1, 17))
+    feat = s.normal(*mu.shape[:2], s.size(1))
     return mu, chol, feat, counts, height, width, cutoff
 
 
 def _backward(s: Source) -> Arguments:
     mu, chol, counts, height, width, cutoff = _scene(s)
-    channels = s.size(1, 17)
+    channels = s.size(1)
     grad = s.normal(len(mu), channels, height, width)
     return grad, mu, chol, s.normal(*mu.shape[:2], channels), counts, cutoff, s.flag()
 

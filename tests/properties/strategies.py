@@ -20,7 +20,8 @@ from tests.check_op import OpBattery
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "contiguous", "transposed", "sliced", "expanded", "offset", "reordered")
-SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33)  # around the widths of vectors and tiles
+# Around the widths of vectors, tiles and words of a bitmap.
+SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 
 
 def example_settings(given: str | None) -> settings:
@@ -82,9 +83,22 @@ class Source:
     def flag(self) -> bool:
         return bool(self.pick((False, True)))
 
-    def size(self, low: int = 0, high: int = 33) -> int:
+    def size(self, low: int = 0, high: int = SIZES[-1]) -> int:
         """A size within the bounds."""
         return int(self.pick([s for s in SIZES if low <= s <= high]))
+
+    def sizes(self, *bounds: tuple[int, int], most: int) -> tuple[int, ...]:
+        """Sizes within (low, high) each, whose product is ``most`` at most: references are slow.
+
+        They are drawn in any order, so that each of them may be the large one.
+        """
+        found = [0] * len(bounds)
+        left = most
+        for i in torch.randperm(len(bounds), generator=self.generator).tolist():
+            low, high = bounds[i]
+            found[i] = self.size(low, max(low, min(high, left)))
+            left //= max(1, found[i])
+        return tuple(found)
 
     def normal(self, *shape: int) -> Tensor:
         """Normal numbers of the example's type, in any layout."""
