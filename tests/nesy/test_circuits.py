@@ -227,3 +227,28 @@ def test_logits_of_autocast_are_normalised_in_float32(remembered: bool) -> None:
     found.sum().backward()
     assert net.weight.grad is not None
     assert net.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_remembered_sentence_checks_the_rows_of_its_network(rows: int) -> None:
+    """One row serves all; another number of rows is refused as by a program that is traced."""
+
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.arange(10.0).expand(rows, 10)
+
+    digit = nesy.Categorical(Constant(), range(10), name="digit")
+
+    @nesy.do(static=True)
+    def is_number(x: Tensor, n: Any) -> Generator[Any, Any, Any]:
+        return (yield digit(x)) == n
+
+    n = torch.tensor([0, 3, 9, 12])
+    program = is_number(torch.zeros(4, 2), nesy.observed(n))
+    if rows == 1:
+        expected = torch.arange(10.0).log_softmax(0)[n.clamp_max(9)]
+        expected[3] = -math.inf
+        torch.testing.assert_close(program.log_truth(), expected)
+    else:
+        with pytest.raises(ValueError, match="have 4 rows per input, got 5"):
+            program.log_truth()

@@ -98,12 +98,12 @@ class _Direct:
         rows = known.batch * len(sources)
         return cls(pieces[0], source, inputs, known.columns, known.together, rows)
 
-    def run(self, tensors: list[Tensor], dtype: torch.dtype | None) -> Tensor:
+    def run(self, tensors: list[Tensor], dtype: torch.dtype | None) -> Tensor | None:
+        """None for a network that gives one row for all, or a wrong number of them."""
         inputs = [_cat([view.read(tensors) for view in views]) for views in self.inputs]
         logits = widened(self.source.logits(*inputs, dtype=dtype))
-        if len(logits) != self.rows:
-            want = f"have {self.rows} rows for as many inputs"
-            _check.fail(ValueError, f"nesy.{self.source.name}", "net's output", want, len(logits))
+        if logits.shape[0] != self.rows:
+            return None
         columns: list[Tensor] | Tensor = [view.read(tensors) for view in self.columns]
         if self.together:
             columns = columns[0]
@@ -125,7 +125,9 @@ def log_truth(program: Program) -> Tensor | None:
     if found is None:
         return None
     if found.direct is not None:
-        return found.direct.run(tensors, program.dtype)
+        truth = found.direct.run(tensors, program.dtype)
+        if truth is not None:
+            return truth
     leaves = [
         Leaf(source, tuple(v.read(tensors) for v in views)) for source, views in found.sources
     ]
