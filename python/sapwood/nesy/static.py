@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sapwood import _check
 from sapwood.nesy.circuits import Piece, widened
 from sapwood.nesy.draws import Leaf, Source
 from sapwood.nesy.execute import Execution
