@@ -131,13 +131,14 @@ def closure(path: Path) -> Iterator[str]:
                 break
 
 
-#: Headers named cpu_* and cuda_* are glue between tensors and kernels.
+#: Headers named cpu_*, cuda_* and *_arguments are glue between tensors and kernels.
 KERNELS = [
     path
     for path in CXX
     if path.suffix in (".h", ".inl")
     and path.parent.name != "common"
     and not path.name.startswith(("cpu", "cuda"))
+    and not path.stem.endswith("_arguments")
 ]
 
 

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 import sapwood.ops  # noqa: F401  declares the ops
-from sapwood.cli.benchmarks.logsemiring_circuits import addition
-from sapwood.ops import CircuitSum, LogCircuit, Selector
 from tests import log_circuits
 from tests.check_op import (
     FLOATS,
@@ -340,42 +338,6 @@ class TestLogScanPath(TraceableBattery):
     )
 
 
-def circuit_args(
-    circuit: LogCircuit, rows: int, blocks: int, seen: Tensor | None, seed: int = 0
-) -> tuple[Any, ...]:
-    """x (m, B, k), evidence, tables and counts."""
-    g = torch.Generator().manual_seed(seed)
-    x = 2 * torch.randn(blocks, rows, circuit.inputs // blocks, generator=g)
-    return x, seen, circuit.tables(x.device), circuit.counts
-
-
-def sums_of(rows: int, digits: int) -> Tensor:
-    """Digits of sums; the last row has none."""
-    numbers = torch.randint(10, (rows, digits + 1), generator=torch.Generator().manual_seed(rows))
-    numbers[:, -1] %= 2
-    numbers[-1:, 0] = 10
-    return numbers
-
-
-def circuit_samples() -> list[tuple[str, tuple[Any, ...]]]:
-    small = LogCircuit(
-        6, [CircuitSum([[(0, 2), (1, 3), (4,)], [()]], [Selector(0, 3, 2)])],
-        [6, 0], heads=[(0, 2), (2, 4)],
-    )  # fmt: skip
-    seen = torch.tensor([[3], [3]])
-    found = [
-        ("main", circuit_args(small, 2, 2, seen)),
-        ("three digits", circuit_args(addition(3), 40, 6, sums_of(40, 3))),
-        ("no rows", circuit_args(addition(1), 0, 2, sums_of(0, 1)[:0])),
-        ("no inputs", circuit_args(LogCircuit(0, [], []), 3, 1, None)),
-    ]
-    for seed, (inputs, sums) in enumerate([(1, 1), (3, 4), (9, 12), (0, 3), (4, 0), (30, 40)]):
-        circuit, columns = log_circuits.anything(seed, inputs, sums)
-        seen = log_circuits.evidence(seed, 3, columns)
-        found.append((f"{inputs} inputs, {sums} sums", circuit_args(circuit, 3, 1, seen, seed)))
-    return found
-
-
 def differentiable(args: tuple[Any, ...]) -> tuple[int, ...]:
     """x, unless a result is -inf: that has no difference to take."""
     values = torch.ops.sapwood.log_circuit(*args)
@@ -395,7 +357,7 @@ class TestLogCircuit(LogBattery, CircuitBattery):
     vmappable = (0,)
     samples = tuple(
         Sample(name, args, differentiable(args), MAIN if name == "main" else frozenset())
-        for name, args in circuit_samples()
+        for name, args in log_circuits.samples()
     )
 
 
@@ -409,7 +371,7 @@ class TestLogCircuitBackward(CircuitBattery):
             (0, 1) if differentiable(args) else (),
             MAIN if name == "main" else frozenset(),
         )
-        for name, args in circuit_samples()
+        for name, args in log_circuits.samples()
     )
 
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)

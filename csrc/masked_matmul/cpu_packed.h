@@ -2,54 +2,37 @@
 #pragma once
 
 #include "masked_matmul/cpu_tensors.h"
+#include "masked_matmul/panels.h"
 
 namespace sapwood::masked_matmul {
 
 constexpr double kTaskGrain = 1 << 17;  // multiply-adds that are worth a thread
 
-// The batch split into panels, transposed to (K, width) each.
+// The panels of a batch x (B, K).
 template <class T>
 class Panels {
  public:
-  struct Panel {
-    int64_t b0, batch, width;
-    const T* data;
-  };
-
   explicit Panels(const Tensor& x)
-      : rows_(x.size(0)), columns_(x.size(1)), buffer_((rows_ + kMaxPanel) * columns_) {
-    T* at = buffer_.get();
-    for (int64_t b = 0; b < rows_;) {
-      const int64_t width = panel_width(rows_ - b);
-      panels_.push_back({b, std::min(width, rows_ - b), width, at});
-      at += width * columns_;
-      b += width;
-    }
-    fill(data_of(x));
+      : buffer_(panel_elements(x.size(0), x.size(1))),
+        panels_(split_into_panels(x.size(0), x.size(1), buffer_.get())) {
+    fill(data<T>(x), x.size(1));
   }
 
-  const std::vector<Panel>& all() const { return panels_; }
+  const std::vector<Panel<T>>& all() const { return panels_; }
 
  private:
-  static const T* data_of(const Tensor& x) { return data<T>(x); }
-
-  void fill(const T* x) {
-    constexpr int64_t block = 64;  // columns of a task
-    const int64_t blocks = (columns_ + block - 1) / block;
+  void fill(const T* x, int64_t columns) {
+    const int64_t blocks = (columns + kFillColumns - 1) / kFillColumns;
     const int64_t tasks = blocks * static_cast<int64_t>(panels_.size());
     parallel_range(tasks, 16, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        const Panel& panel = panels_[t / blocks];
-        const int64_t first = t % blocks * block, last = std::min(columns_, first + block);
-        SAPWOOD_ISA_CALL(fill_panel(x + panel.b0 * columns_, columns_, panel.batch, first, last,
-                                    const_cast<T*>(panel.data), panel.width));
+        fill_columns(panels_[t / blocks], x, columns, t % blocks * kFillColumns);
       }
     });
   }
 
-  int64_t rows_, columns_;
   Scratch<T> buffer_;
-  std::vector<Panel> panels_;
+  std::vector<Panel<T>> panels_;
 };
 
 // Multiply-adds of rows [0, row) of the structure plus a constant for every row.
