@@ -252,3 +252,36 @@ def test_a_remembered_sentence_checks_the_rows_of_its_network(rows: int) -> None
     else:
         with pytest.raises(ValueError, match="have 4 rows per input, got 5"):
             program.log_truth()
+
+
+@pytest.mark.parametrize("last", [2, 40])
+def test_products_stand_between_two_circuits(last: int) -> None:
+    """Also where the first circuit gives as many results as the program has values."""
+    generator = torch.Generator().manual_seed(last)
+    sizes = [(2, 40), (40, 40), (40, last)]
+    tables = [torch.randn(s, generator=generator).double().log_softmax(-1) for s in sizes]
+    start = nesy.Categorical(nn.Identity(), range(2), name="start")
+    steps = [
+        nesy.Conditional(t, range(k), range(n)) for t, (n, k) in zip(tables, sizes, strict=True)
+    ]
+
+    @nesy.do
+    def walk(x: Tensor) -> Generator[Any, Any, Any]:
+        state = yield start(x)
+        for step in steps:
+            state = yield step(state)
+        return state
+
+    x = torch.randn(3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    program = walk(x)
+    plan = PLANS.get(program._traced(), Keys(), Query.VALUES)
+    kinds = [isinstance(piece, Piece) for piece in plan.pieces(frozenset([0]))[0]]
+    assert kinds == ([True, False, True] if last == 2 else [True, False, False])
+    expected = x.log_softmax(-1).exp()
+    for table in tables:
+        expected = expected @ table.exp()
+    found = program.distribution().log_prob
+    torch.testing.assert_close(found, expected.log(), rtol=1e-12, atol=1e-12)
+    (own,) = torch.autograd.grad(found.sin().sum(), x)
+    (other,) = torch.autograd.grad(expected.log().sin().sum(), x)
+    torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-12)

@@ -238,8 +238,9 @@ def run(
     for piece in pieces:
         if isinstance(piece, Piece):
             found = piece.run(slots, rows, columns)
-            if len(plan.results) == 1 and found.shape[1] == plan.sizes[plan.results[0].slot]:
-                return [found]
+            alone = len(pieces) == len(plan.results) == 1
+            if alone and found.shape[1] == plan.sizes[plan.results[0].slot]:
+                return [found]  # as it is: each view is a node of autograd
             parts = found.split([g.instances * g.kept_size for g in piece.writes], 1)
             for group, part in zip(piece.writes, parts, strict=True):
                 own = part.unflatten(1, (group.instances, group.kept_size))
