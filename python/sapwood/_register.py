@@ -43,6 +43,9 @@ class OpSpec:
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad = torch._C._any_requires_grad
+_is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+_transforms_active = torch._C._are_functorch_transforms_active
 
 _declared: dict[str, OpSpec] = {}
 _callables: dict[str, Callable[..., Any]] = {}
@@ -60,7 +63,7 @@ def callable_for(name: str) -> Callable[..., Any]:
 
 def transforms_active() -> bool:
     """Whether a torch.func transform (grad, vmap, jacrev, ...) is running."""
-    return bool(torch._C._are_functorch_transforms_active())
+    return bool(_transforms_active())
 
 
 def define_op(spec: OpSpec) -> Callable[..., Any]:
@@ -87,12 +90,13 @@ def _differentiable(
 ) -> Callable[..., Any]:
     """The function to call for an op with a derivative."""
     setup = spec.setup
+    kernel: Callable[..., Any] = getattr(op, "_op", op)  # OpOverload.__call__ only calls it
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             with _below_autograd():
-                output = op(*args)
+                output = kernel(*args)
             if setup is not None:
                 setup(ctx, args, output)
             return output
@@ -124,14 +128,14 @@ def _differentiable(
     under_transforms: Callable[..., Any] = UnderTransforms.apply
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return op(*args)
-        if transforms_active():
+        if _transforms_active():
             return under_transforms(*args)
-        if torch.is_grad_enabled() and _any_requires_grad(*args):
+        if _is_grad_enabled() and _any_requires_grad(*args):
             return eager(*args)
         with _below_autograd():
-            return op(*args)
+            return kernel(*args)
 
     return call
 

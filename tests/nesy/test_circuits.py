@@ -285,3 +285,18 @@ def test_products_stand_between_two_circuits(last: int) -> None:
     (own,) = torch.autograd.grad(found.sin().sum(), x)
     (other,) = torch.autograd.grad(expected.log().sin().sum(), x)
     torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_of_a_remembered_sentence_is_the_mean(n: int, dtype: torch.dtype) -> None:
+    formula, logits, sums = long_addition(n, dtype)
+    x, y = logits[:, :3].clone().requires_grad_(), logits[:, :3].clone().requires_grad_()
+    found = nesy.loss(program_of(formula, x, sums[:3], n))
+    expected = -step_by_step(program_of(formula, y, sums[:3], n)).mean()
+    torch.testing.assert_close(found, expected)
+    (own,) = torch.autograd.grad(found, x)
+    (other,) = torch.autograd.grad(expected, y)
+    torch.testing.assert_close(own, other)
+    impossible = nesy.loss(program_of(formula, logits, sums, n))
+    assert impossible == torch.inf

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from sapwood import nesy
 from sapwood._files import atomic_write_text
-from sapwood._measure import interleave, machine_name
+from sapwood._measure import hold_memory, interleave, machine_name
 from sapwood.cli import console
 from sapwood.nesy import mnist_add
 from sapwood.nesy.mnist_add import Settings, Task, Trained
@@ -113,6 +113,7 @@ def check(task: Task, net: str) -> Check:
 
 def symbolic_share(task: Task, net: str, batch_size: int) -> float:
     """The part of a training step that is not the network's: steps with and without the truth."""
+    hold_memory()  # page faults would count now for one and now for the other
     digit = nesy.Categorical(mnist_add.network(net, 0), range(10), name="digit")
     formula = mnist_add.sentence(digit, task.num_digits)
     optimizer = torch.optim.Adam(digit.parameters())

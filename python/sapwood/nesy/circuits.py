@@ -79,11 +79,11 @@ class Piece:
         return found[0].unsqueeze(1) if len(found) == 1 else torch.stack(found, 1)
 
     def truth(self, logits: Tensor, evidence: Tensor | None) -> Tensor:
-        """(B,) the only result, from the logits (n * B, size) of the only slot."""
+        """(B, 1) the only result, from the logits (n * B, size) of the only slot."""
         size, circuit = logits.shape[1], self.circuit
         x = logits.view(circuit.inputs // size, -1, size)
         found: Tensor = _log_circuit(x, evidence, circuit.tables(x.device), circuit.counts)
-        return found.view(-1)
+        return found
 
     def run(self, slots: Sequence[Tensor], rows: int, columns: Sequence[Tensor] | Tensor) -> Tensor:
         """(B, R) the results of ``writes``, given (n, B or 1, size) per slot."""

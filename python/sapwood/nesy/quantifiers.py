@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sapwood import _check
+from sapwood.nesy import static
 from sapwood.nesy.program import Program
 from sapwood.ops.logsemiring import log1mexp, logsumexp
 
@@ -117,6 +118,10 @@ def loss(program: Program) -> Tensor:
         >>> nesy.loss(nesy.fmap(lambda v: v, nesy.bernoulli(0.5)))
         tensor(0.6931)
     """
+    if program.static:
+        found = static.mean_loss(program)
+        if found is not None:
+            return found
     log_truths = program.log_truth()
     if log_truths.numel() == 0:
         return -forall(log_truths, "mean_nll")  # which says what is wrong

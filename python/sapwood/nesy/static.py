@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sapwood.nesy.circuits import Piece, widened
@@ -98,7 +99,7 @@ class _Direct:
         return cls(pieces[0], source, inputs, known.columns, known.together, rows)
 
     def run(self, tensors: list[Tensor], dtype: torch.dtype | None) -> Tensor | None:
-        """None for a network that gives one row for all, or a wrong number of them."""
+        """(B, 1); None for a network that gives one row for all, or a wrong number of them."""
         inputs = [_cat([view.read(tensors) for view in views]) for views in self.inputs]
         logits = widened(self.source.logits(*inputs, dtype=dtype))
         if logits.shape[0] != self.rows:
@@ -126,7 +127,7 @@ def log_truth(program: Program) -> Tensor | None:
     if found.direct is not None:
         truth = found.direct.run(tensors, program.dtype)
         if truth is not None:
-            return truth
+            return truth.view(-1)
     leaves = [
         Leaf(source, tuple(v.read(tensors) for v in views)) for source, views in found.sources
     ]
@@ -134,6 +135,24 @@ def log_truth(program: Program) -> Tensor | None:
     if found.together:
         columns = columns[0]
     return Execution(found.plan, leaves, columns, found.batch, program.dtype).run()
+
+
+def mean_loss(program: Program) -> Tensor | None:
+    """The mean negative log truth of a sentence that is one circuit; None for any other.
+
+    It is the loss of a classifier that has one class, the truth: one node of autograd, not three.
+    """
+    key, tensors = _read(program)
+    found = _find(program, key)
+    if found is None or found.direct is None:
+        return None
+    truth = found.direct.run(tensors, program.dtype)
+    return None if truth is None else F.nll_loss(truth, _only_class(len(truth), truth.device))
+
+
+@functools.lru_cache(maxsize=64)
+def _only_class(rows: int, device: torch.device) -> Tensor:
+    return torch.zeros(rows, dtype=torch.int64, device=device)
 
 
 def _find(program: Program, key: Hashable) -> _Static | None:
@@ -162,17 +181,16 @@ def _tell(program: Program, reason: str) -> None:
 def _read(program: Program) -> tuple[Hashable, list[Tensor]]:
     """What decides the structure, None where it has no hash, and the tensors that are given."""
     function = program.function
-    given, tensors = list[Hashable](), list[Tensor]()
+    given, tensors = list[Any](), list[Tensor]()
     for value in (*program.arguments, *program.options.values()):
         tensor = value.values if isinstance(value, Observed) else value
         if isinstance(tensor, Tensor):
             known = value.given if isinstance(value, Observed) else None
-            given.append(
-                (type(value), known, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-            )
+            given += (type(value), known, tensor.shape, tensor.stride(), tensor.dtype)
+            given.append(tensor.device)
             tensors.append(tensor)
         else:
-            given.append((type(value), value))
+            given += (type(value), value)
     closure = [
         (type(cell.cell_contents), cell.cell_contents)
         for cell in getattr(function, "__closure__", None) or ()
