@@ -147,7 +147,7 @@ def mean_loss(program: Program) -> Tensor | None:
     if found is None or found.direct is None:
         return None
     truth = found.direct.run(tensors, program.dtype)
-    return None if truth is None else F.nll_loss(truth, _only_class(len(truth), truth.device))
+    return None if truth is None else F.nll_loss(truth, _only_class(truth.shape[0], truth.device))
 
 
 @functools.lru_cache(maxsize=64)
