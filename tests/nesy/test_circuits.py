@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sapwood import nesy
 from sapwood.nesy import circuits, mnist_add, static
-from sapwood.nesy.circuits import Piece
+from sapwood.nesy.circuits import Piece, pieces_of
 from sapwood.nesy.execute import Execution
 from sapwood.nesy.plan import PLANS, Plan, Query
 from sapwood.nesy.trace import Keys
@@ -123,7 +123,7 @@ def test_an_addition_is_one_circuit(n: int, sums: int) -> None:
     """Two results for each carry in and out, twelve matrices of a chain, and the last sum."""
     formula, logits, data = long_addition(n)
     program = program_of(formula, logits, data, n)
-    (piece,), heads = plan_of(program).pieces(frozenset([0]))
+    (piece,), heads = pieces_of(plan_of(program), frozenset([0]))
     assert isinstance(piece, Piece)
     assert piece.circuit.num_sums == sums
     assert heads == {0}
@@ -195,10 +195,10 @@ def test_long_chains_are_left_to_the_public_scan(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(circuits, "_LONGEST_CHAIN", 2)
     fresh, _, _ = long_addition(8)
     plan = plan_of(program_of(fresh, logits, sums, 8))
-    monkeypatch.setattr(plan, "_pieces", {})
+    monkeypatch.setattr(plan, "pieces", {})
     x = logits.detach().clone().requires_grad_()
     found = truth(fresh, x, sums, 8)
-    pieces, heads = plan.pieces(frozenset([0]))
+    pieces, heads = pieces_of(plan, frozenset([0]))
     assert [isinstance(piece, Piece) for piece in pieces] == [True, False, True]
     assert not heads
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
@@ -275,7 +275,7 @@ def test_products_stand_between_two_circuits(last: int) -> None:
     x = torch.randn(3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
     program = walk(x)
     plan = PLANS.get(program._traced(), Keys(), Query.VALUES)
-    kinds = [isinstance(piece, Piece) for piece in plan.pieces(frozenset([0]))[0]]
+    kinds = [isinstance(piece, Piece) for piece in pieces_of(plan, frozenset([0])).steps]
     assert kinds == ([True, False, True] if last == 2 else [True, False, False])
     expected = x.log_softmax(-1).exp()
     for table in tables:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sapwood.nesy import kernels, listed
 from sapwood.nesy.kernels import Reduce
+from sapwood.nesy.plan import Access, Group, Plan
 from sapwood.nesy.supports import Places
-
-if TYPE_CHECKING:
-    from sapwood.nesy.plan import Access, Group, Plan
 
 
 @dataclass

@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,9 @@ from torch import Tensor
 
 from sapwood._register import callable_for
 from sapwood.nesy import chain
+from sapwood.nesy.plan import Group, Plan, Reference
 from sapwood.nesy.supports import Indices, Places, Support
 from sapwood.ops.logsemiring import CircuitSum, LogCircuit, Selector
-
-if TYPE_CHECKING:
-    from sapwood.nesy.plan import Group, Plan, Reference
 
 # The public function checks its arguments, which costs as much as the op.
 _log_circuit = callable_for("log_circuit")
@@ -105,17 +103,28 @@ def has_circuit(group: Group) -> bool:
     return group.kernel.kind == "listed"
 
 
-def pieces_of(plan: Plan, heads: Container[int]) -> list[Piece | Group]:
-    """All steps of a plan in order.
+class Pieces(NamedTuple):
+    """All steps of a plan in order."""
+
+    steps: list[Piece | Group]
+    heads: frozenset[int]  # slots of logits that the circuit normalises; no other piece reads them
+
+
+def pieces_of(plan: Plan, logits: frozenset[int]) -> Pieces:
+    """The circuits of a plan and the steps between them, made once.
 
     Args:
         plan: its groups are in the order of their levels.
-        heads: slots of leaves that the circuit has to normalise.
+        logits: slots of leaves that are still to be normalised.
     """
-    found: list[Piece | Group] = []
-    for together, run in itertools.groupby(plan.groups, has_circuit):
-        own = list(run)
-        found += [_piece(plan, own, heads)] if together else own
+    found: Pieces | None = plan.pieces.get(logits)
+    if found is None:
+        heads = logits if all(map(has_circuit, plan.groups)) else frozenset[int]()
+        steps: list[Piece | Group] = []
+        for together, run in itertools.groupby(plan.groups, has_circuit):
+            own = list(run)
+            steps += [_piece(plan, own, heads)] if together else own
+        found = plan.pieces[logits] = Pieces(steps, heads)
     return found
 
 
@@ -227,7 +236,7 @@ def run(
         columns: the data, (B,) each or (B, C) together.
         rows: B.
     """
-    pieces, heads = plan.pieces(logits)
+    pieces, heads = pieces_of(plan, logits)
     slots: list[Tensor] = [widened(x) if n in logits else x for n, x in enumerate(leaves)]
     for number in logits - heads:
         slots[number] = torch.log_softmax(slots[number], -1)

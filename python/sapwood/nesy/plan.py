@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
-from sapwood.nesy.circuits import Piece, has_circuit, pieces_of
 from sapwood.nesy.elimination import Eliminator, Input, Step, TableCache
 from sapwood.nesy.factors import Graph, GraphBuilder
 from sapwood.nesy.kernels import Kernel
@@ -103,23 +103,13 @@ class Plan:
     #: Instances, and entries of each, per slot: leaves come first, then the groups.
     counts: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    _pieces: dict[frozenset[int], tuple[list[Piece | Group], frozenset[int]]] = field(
-        default_factory=dict
-    )
+    #: What ``circuits.pieces_of`` made of the plan, by the slots of logits.
+    pieces: dict[frozenset[int], Any] = field(default_factory=dict)
 
     @functools.cached_property
     def results(self) -> list[Reference]:
         """Where the result of each path is that has mass."""
         return [path.result for path in self.paths if path.result is not None]
-
-    def pieces(self, logits: frozenset[int]) -> tuple[list[Piece | Group], frozenset[int]]:
-        """The circuits and steps to run in order, and which slots of logits they normalise."""
-        found = self._pieces.get(logits)
-        if found is None:
-            whole = all(map(has_circuit, self.groups))  # then each slot is read in one place
-            heads = logits if whole else frozenset[int]()
-            found = self._pieces[logits] = (pieces_of(self, heads), heads)
-        return found
 
     @property
     def leaves(self) -> Iterable[int]:

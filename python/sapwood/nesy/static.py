@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sapwood.nesy.circuits import Piece, widened
+from sapwood.nesy.circuits import Piece, pieces_of, widened
 from sapwood.nesy.draws import Leaf, Source
 from sapwood.nesy.execute import Execution
 from sapwood.nesy.expressions import Observed
@@ -87,7 +87,7 @@ class _Direct:
         source = sources[0][0] if sources else None
         if type(source) is not Categorical or not sources[0][1]:
             return None
-        pieces, _ = plan.pieces(frozenset([0]))
+        pieces = pieces_of(plan, frozenset([0])).steps
         if (
             len(pieces) != 1
             or not isinstance(pieces[0], Piece)
