@@ -9,18 +9,11 @@
 #include <vector>
 
 #include "copruned_conv/kernel.h"
+#include "expect.h"
 
 namespace {
 
 using namespace sapwood::copruned_conv;
-
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
 
 // The functions of one instruction set as a type, so that a test is written once.
 #define KERNELS(Name, isa_namespace, label)       \

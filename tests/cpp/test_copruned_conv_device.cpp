@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "copruned_conv/cuda_weight_grad.cuh"
+#include "expect.h"
 
 namespace {
 
@@ -20,24 +21,8 @@ using namespace sapwood::copruned_conv::device;
 
 constexpr int64_t kGroup = 8;
 
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
-
 bool near(double actual, double expected) {
   return std::abs(actual - expected) <= 1e-4 * (1 + std::abs(expected));
-}
-
-std::vector<float> normal(int64_t count, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> draw;
-  std::vector<float> values(static_cast<size_t>(count));
-  for (float& v : values) v = draw(random);
-  return values;
 }
 
 // Bools of one byte each, which std::vector<bool> does not have.

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "expect.h"
 #include "masked_matmul/cuda_bitmap.cuh"
 #include "masked_matmul/cuda_csr.cuh"
 #include "masked_matmul/cuda_mask.cuh"
@@ -18,15 +19,6 @@
 namespace {
 
 using namespace sapwood::masked_matmul::device;
-
-int failures = 0;
-
-void expect(bool condition, const std::string& what) {
-  if (!condition) {
-    std::printf("FAIL %s\n", what.c_str());
-    ++failures;
-  }
-}
 
 // A random problem in float: x (B, K), weight (N, K), mask with the given density.
 struct Problem {

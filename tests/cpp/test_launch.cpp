@@ -6,17 +6,9 @@
 #include <vector>
 
 #include "common/launch.h"
+#include "expect.h"
 
 namespace {
-
-int failures = 0;
-
-void expect(bool condition, const char* what) {
-  if (!condition) {
-    std::printf("FAIL %s\n", what);
-    ++failures;
-  }
-}
 
 std::string error_of(const std::function<void()>& f) {
   try {

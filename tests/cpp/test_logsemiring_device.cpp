@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "circuit_problem.h"
+#include "expect.h"
 #include "logsemiring/cuda_circuit_kernels.cuh"
 #include "logsemiring/cuda_sequence.cuh"
 
@@ -17,24 +18,8 @@ using namespace sapwood::logsemiring::device;
 using sapwood::logsemiring::gumbel;
 using sapwood::logsemiring::philox;
 
-int failures = 0;
-
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  std::printf("FAIL %s\n", what.c_str());
-  ++failures;
-}
-
 bool near(double actual, double expected, double bound = 1e-4) {
   return actual == expected || std::abs(actual - expected) <= bound * (1 + std::abs(expected));
-}
-
-std::vector<float> normal(int64_t count, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> draw;
-  std::vector<float> values(static_cast<size_t>(count));
-  for (float& v : values) v = draw(random);
-  return values;
 }
 
 double log_sum(const std::vector<double>& terms) {

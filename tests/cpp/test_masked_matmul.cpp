@@ -8,20 +8,13 @@
 #include <thread>
 #include <vector>
 
+#include "expect.h"
 #include "masked_matmul/kernel.h"
 #include "masked_matmul/pack.h"
 
 namespace {
 
 using namespace sapwood::masked_matmul;
-
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
 
 // The functions of one instruction set as a type, so that a test is written once.
 #define KERNELS(Name, isa_namespace, label)    \

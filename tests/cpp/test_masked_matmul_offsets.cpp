@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "expect.h"
 #include "masked_matmul/cuda_pack.cuh"
 #include "masked_matmul/panels.h"
 #include "reserved.h"
@@ -17,14 +18,6 @@ using namespace sapwood::masked_matmul;
 using namespace sapwood::masked_matmul::device;
 
 constexpr int64_t kFar = int64_t{1} << 31;
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
-
 // The values and columns of a few rows go to the end of a structure.
 void check_pack() {
   constexpr int64_t n = 3, k = 70;

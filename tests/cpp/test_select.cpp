@@ -8,21 +8,13 @@
 #include <string>
 #include <vector>
 
+#include "expect.h"
 #include "select/kernel.h"
 
 namespace {
 
 namespace select = sapwood::select;
 using select::Order;
-
-int failures = 0;
-
-void expect(bool condition, const std::string& what) {
-  if (!condition) {
-    std::printf("FAIL %s\n", what.c_str());
-    ++failures;
-  }
-}
 
 template <class T>
 struct Case {

@@ -9,20 +9,13 @@
 #include <utility>
 #include <vector>
 
+#include "expect.h"
 #include "similarity/cuda_pairs.cuh"
 #include "similarity/cuda_topk.cuh"
 
 namespace {
 
 using namespace sapwood::similarity::device;
-
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
 
 // Random rows with a zero row, a copy and a row that is not finite, described and normalised.
 struct Side {

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "expect.h"
 #include "reserved.h"
 #include "similarity/cuda_pairs.cuh"
 #include "similarity/cuda_topk.cuh"
@@ -17,14 +18,6 @@ namespace {
 using namespace sapwood::similarity::device;
 
 constexpr int64_t kFar = int64_t{1} << 31;
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
-
 void check_keys() {
   constexpr int64_t n = 70000;  // n * n output positions
   const int64_t largest = kFar - 1;

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "expect.h"
 #include "splat2d/cuda_backward.cuh"
 #include "splat2d/cuda_forward.cuh"
 
@@ -16,14 +17,6 @@ namespace {
 
 using namespace sapwood::splat2d;
 using namespace sapwood::splat2d::device;
-
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
 
 void expect_close(const std::vector<float>& got, const std::vector<double>& wanted,
                   const std::string& what) {

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "expect.h"
 #include "reserved.h"
 #include "splat2d/cuda_backward.cuh"
 #include "splat2d/cuda_forward.cuh"
@@ -14,14 +15,6 @@ namespace {
 
 using namespace sapwood::splat2d;
 using namespace sapwood::splat2d::device;
-
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
 
 // Images of one pixel, two channels and one Gaussian each.
 struct Scene {

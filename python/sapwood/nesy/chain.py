@@ -66,10 +66,8 @@ def plain(steps: Steps, leaves: Sequence[Tensor]) -> list[Tensor]:
             vector, matrices = [operand(a, slots.__getitem__) for a in group.access]
             slots.append(kernels.scan(vector, matrices, steps.reduce))
         else:
-            assert group.lists is not None
-            terms = listed.terms(
-                group.lists, steps.evidence(group), [slots[s] for s in group.reads]
-            )
+            lists, reads = steps.plan.lists(group)
+            terms = listed.terms(lists, steps.evidence(group), [slots[s] for s in reads])
             slots.append(steps.reduce(terms))
     return [slots[r.slot][:, r.position] for r in steps.plan.results]
 

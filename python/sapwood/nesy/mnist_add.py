@@ -58,7 +58,7 @@ class Pairs:
         return sum_digits(self.digits(rows))
 
 
-def sum_digits(digits: Tensor) -> Tensor:
+def sum_digits(digits: Tensor, base: int = 10) -> Tensor:
     """Adds numbers digit by digit: (B, 2, N), least significant first, to (B, N + 1).
 
     Example:
@@ -72,8 +72,8 @@ def sum_digits(digits: Tensor) -> Tensor:
     result = []
     for column in columns.unbind(1):
         total = column + carry
-        result.append(total % 10)
-        carry = total // 10
+        result.append(total % base)
+        carry = total // base
     return torch.stack([*result, carry], 1)
 
 

@@ -75,8 +75,6 @@ class Group:
     kept_size: int  # entries of a result
     instances: int = 0
     access: list[Access] = field(default_factory=list)
-    reads: list[int] = field(default_factory=list)  # slots, in the order of the lists
-    lists: Lists | None = None
 
 
 @dataclass
@@ -105,11 +103,36 @@ class Plan:
     sizes: list[int] = field(default_factory=list)
     #: What ``circuits.pieces_of`` made of the plan, by the slots of logits.
     pieces: dict[frozenset[int], Any] = field(default_factory=dict)
+    _lists: dict[int, tuple[Lists, list[int]]] = field(default_factory=dict)
 
     @functools.cached_property
     def results(self) -> list[Reference]:
         """Where the result of each path is that has mass."""
         return [path.result for path in self.paths if path.result is not None]
+
+    def lists(self, group: Group) -> tuple[Lists, list[int]]:
+        """The entries of a step in the slots that it reads, laid end to end, and these slots.
+
+        Made at first need: only sums without circuits read them.
+        """
+        if group.slot not in self._lists:
+            self._lists[group.slot] = self._make_lists(group)
+        return self._lists[group.slot]
+
+    def _make_lists(self, group: Group) -> tuple[Lists, list[int]]:
+        assert group.kernel is not None
+        reads = sorted({r.slot for references in group.inputs for r in references})
+        begins, total = dict[int, int](), 0
+        for slot in reads:
+            begins[slot] = total
+            total += self.counts[slot] * self.sizes[slot]
+        offsets = [
+            [begins[r.slot] + r.position * self.sizes[r.slot] for r in instance]
+            for instance in zip(*group.inputs, strict=True)
+        ]
+        if not group.inputs:
+            reads, total, offsets = [self.slots.index([])], 1, [[0]] * group.instances
+        return Lists(group.kernel.table, offsets, total, group.kept_size), reads
 
     @property
     def leaves(self) -> Iterable[int]:
@@ -260,42 +283,24 @@ def _place_steps(plan: Plan) -> None:
         if group.kernel is None:  # the vector of a chain, then all of its matrices
             operands = [group.inputs[0], [refs[0] for refs in group.inputs[1:]]]
         group.access = [_access(references, counts) for references in operands]
-    _make_lists(plan, counts)
+    _measure(plan, counts)
     for path, own in enumerate(nodes):
         if own:
             plan.paths[path].result = results[path][own[-1][0]]
 
 
-def _make_lists(plan: Plan, counts: list[int]) -> None:
-    """The entries of every group as places in the slots that it reads, laid end to end."""
+def _measure(plan: Plan, counts: list[int]) -> None:
+    """Instances and entries of every slot."""
     plan.counts, plan.sizes = counts, [1] * len(counts)
-    sizes = plan.sizes
     for group in plan.groups:
-        sizes[group.slot] = group.kept_size
-        if group.kernel is None:
-            for reference, power in zip(
-                (r for refs in group.inputs for r in refs),
-                (1, *[2] * len(group.inputs)),
-                strict=False,
-            ):
-                sizes[reference.slot] = group.kept_size**power
-            continue
-        for operand, references in zip(group.kernel.shape.operands, group.inputs, strict=False):
+        plan.sizes[group.slot] = group.kept_size
+        if group.kernel is not None:
+            sizes = [operand.size for operand in group.kernel.shape.operands]
+        else:  # a vector and matrices
+            sizes = [group.kept_size, *[group.kept_size**2] * (len(group.inputs) - 1)]
+        for size, references in zip(sizes, group.inputs, strict=False):
             for reference in references:
-                sizes[reference.slot] = operand.size
-        group.reads = sorted({r.slot for references in group.inputs for r in references})
-        begins, total = dict[int, int](), 0
-        for slot in group.reads:
-            begins[slot] = total
-            total += counts[slot] * sizes[slot]
-        offsets = [
-            [begins[r.slot] + r.position * sizes[r.slot] for r in instance]
-            for instance in zip(*group.inputs, strict=True)
-        ]
-        if not group.inputs:
-            group.reads, total = [plan.slots.index([])], 1
-            offsets = [[0]] * group.instances
-        group.lists = Lists(group.kernel.table, offsets, total, group.kernel.kept_size)
+                plan.sizes[reference.slot] = size
 
 
 def _reference(plan: Plan, done: dict[int, Reference], source: Input) -> Reference:

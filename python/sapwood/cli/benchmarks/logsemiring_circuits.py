@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sapwood.nesy.mnist_add import sum_digits
 from sapwood.ops import CircuitSum, LogCircuit, Selector, log_circuit
 
 #: Logits (2 digits, B, base) and sums (B, digits + 1) in, logarithms of probabilities (B, 1) out.
@@ -52,12 +53,7 @@ def _terms(total: int, position: int, base: int, carries: list[int]) -> list[tup
 
 def sums(rows: int, digits: int, base: int, generator: torch.Generator) -> Tensor:
     """(B, n + 1) digits of sums of two random numbers, least significant first."""
-    numbers = torch.randint(base, (2, rows, digits), generator=generator).sum(0)
-    found, carry = [], torch.zeros(rows, dtype=torch.int64)
-    for column in numbers.unbind(1):
-        found.append((column + carry) % base)
-        carry = (column + carry) // base
-    return torch.stack([*found, carry], 1)
+    return sum_digits(torch.randint(base, (rows, 2, digits), generator=generator), base)
 
 
 def _circuit(digits: int, base: int) -> Adder:
