@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sapwood.minimize import InputSelect, Plan, analyze, load, save
+from sapwood.minimize import InputSelect, OutputScatter, Plan, analyze, load, save
 from sapwood.minimize._cycle import Cycle, Store, Subject
 from tests.fuzz.mutators import joined, split
 
@@ -91,19 +91,29 @@ def test_runs_without_weights(tmp_path: Path) -> None:
 
 
 def test_a_manifest_cannot_ask_for_memory(tmp_path: Path) -> None:
-    """The length of an index is that of the index in the file."""
+    """The length of an index is that of the index in the file, that of a bias its own."""
 
-    def selecting() -> nn.Sequential:
-        inner = nn.Sequential(InputSelect(torch.tensor([0, 2])), nn.Linear(2, 2))
-        return nn.Sequential(inner)
+    def narrow() -> nn.Sequential:
+        layer = nn.Linear(2, 2, bias=False)
+        return nn.Sequential(
+            nn.Sequential(
+                InputSelect(torch.tensor([0, 2])), layer, OutputScatter(torch.tensor([1, 4]), 5)
+            )
+        )
 
     path = tmp_path / "small.safetensors"
-    save(selecting(), path)
-    assert load(path, selecting)[0][0].index.tolist() == [0, 2]
+    save(narrow(), path)
+    assert load(path, narrow)[0][0].index.tolist() == [0, 2]
     header, data = split(path.read_bytes())
-    modules = json.loads(header["__metadata__"]["modules"])
-    modules["0.0"]["index"] = 2**40
-    header["__metadata__"]["modules"] = json.dumps(modules)
-    path.write_bytes(joined(header, data))
-    with pytest.raises(ValueError, match=r"0\.0\.index has another length"):
-        load(path, selecting)
+    undamaged = header["__metadata__"]["modules"]
+    for module, key, message in (
+        ("0.0", "index", r"0\.0\.index has another length"),
+        ("0.2", "width", r"0\.2\.bias has another length"),
+        ("0", "members", "0 has 1099511627776 members"),
+    ):
+        modules = json.loads(undamaged)
+        modules[module][key] = 2**40
+        header["__metadata__"]["modules"] = json.dumps(modules)
+        path.write_bytes(joined(header, data))
+        with pytest.raises(ValueError, match=message):
+            load(path, narrow)

@@ -313,7 +313,8 @@ def test_a_promised_constant_folds_and_is_kept_in_report_and_file(tmp_path: Path
     ("promise", "message"),
     [
         ({"mask": {"constant": {0: 1.0}}}, r"promises must name arguments of the model \(input\)"),
-        ({"input": {"range": (0, 1)}}, r"promises must promise constants, got \['range'\]"),
+        ({"input": {"sign": 1}}, r'promises must promise "constant" or "range", got \[.sign.\]'),
+        ({"input": {}}, r'promises must promise "constant" or "range", got \[\]'),
         ({"input": {"constant": {4: 1.0}}}, r"promises must name channels of input below 4, got 4"),
         ({"input": {"constant": {0: 1.0}}}, r"promises must hold for the example"),
     ],

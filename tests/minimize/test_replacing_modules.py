@@ -13,7 +13,6 @@ from sapwood.minimize import (
     AppendOnes,
     BorderBias2d,
     HeadBlock,
-    IndexAdd,
     InputSelect,
     RaggedAttention,
 )
@@ -133,27 +132,17 @@ def test_border_bias_refusals() -> None:
         BorderBias2d.from_conv(nn.Conv2d(2, 8, 3, padding=1), torch.zeros(8, 3, 2))
 
 
-def test_index_modules() -> None:
+def test_input_select() -> None:
     x = seeded(2, 5, 3)
-    index = torch.tensor([4, 0])
-    select, add = InputSelect(index, dim=1), IndexAdd(index, dim=1)
+    select = InputSelect(torch.tensor([4, 0]), dim=1)
     assert select.index.dtype == torch.int32
     assert torch.equal(select(x), x[:, [4, 0]])
-    branch = seeded(2, 2, 3, seed=1)
-    expected = x.clone()
-    expected[:, 4] += branch[:, 0]
-    expected[:, 0] += branch[:, 1]
-    assert torch.equal(add(x, branch), expected)
-    assert torch.autograd.gradcheck(add, (x.requires_grad_(), branch.requires_grad_()))
-    assert torch.autograd.gradcheck(select, (x,))
-    for module, arguments in ((select, (x.detach(),)), (add, (x.detach(), branch.detach()))):
-        exported = torch.export.export(module, arguments).module()
-        assert torch.equal(exported(*arguments), module(*arguments))
-        assert copy.deepcopy(module).load_state_dict(module.state_dict())
+    assert torch.autograd.gradcheck(select, (x.clone().requires_grad_(),))
+    exported = torch.export.export(select, (x,)).module()
+    assert torch.equal(exported(x), select(x))
+    assert copy.deepcopy(select).load_state_dict(select.state_dict())
     with pytest.raises(TypeError, match=r"InputSelect: index must be torch.int64 or .*float32"):
         InputSelect(torch.tensor([0.5]))
-    with pytest.raises(ValueError, match="IndexAdd: index must have 1 dimensions"):
-        IndexAdd(torch.tensor([[0]]))
     with pytest.raises(ValueError, match="InputSelect: index must not be negative, got -1"):
         InputSelect(torch.tensor([-1]))
 

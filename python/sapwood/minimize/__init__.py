@@ -11,8 +11,8 @@ from sapwood.minimize.modules import (
     CompensatedLayerNorm,
     CompensatedRMSNorm,
     HeadBlock,
-    IndexAdd,
     InputSelect,
+    OutputScatter,
     RaggedAttention,
 )
 from sapwood.minimize.plan import ChannelGroup, Plan, Refusal
@@ -32,11 +32,11 @@ __all__ = [
     "CompensatedRMSNorm",
     "Cycle",
     "HeadBlock",
-    "IndexAdd",
     "InputSelect",
     "MinimizeError",
     "MinimizeReport",
     "Moved",
+    "OutputScatter",
     "Plan",
     "RaggedAttention",
     "Refusal",

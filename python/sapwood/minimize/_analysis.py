@@ -14,14 +14,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
 from sapwood.minimize._atoms import Atoms
-from sapwood.minimize._facts import CONSTANT, LIVE, Facts, demote, no_facts
+from sapwood.minimize._facts import CONSTANT, LIVE, Bounds, Facts, demote, no_facts
 from sapwood.minimize._leaves import behind
 from sapwood.minimize._promises import Promises, channel_axis
 from sapwood.minimize._tails import FEATURE, Tail
 from sapwood.minimize._trace import Inputs, Traced, owners, traced
 from sapwood.minimize.layers import Edit, Layer, cut, indices
 from sapwood.minimize.plan import ChannelGroup, Refusal
-from sapwood.minimize.rules import RULES, Step, map_facts, opaque, tensors_in
+from sapwood.minimize.rules import RULES, Step, bounded, map_facts, opaque, tensors_in
 
 __all__ = [
     "INPUT",
@@ -153,6 +153,10 @@ class Analysis:
     def _input(self, name: str, value: Tensor) -> Facts:
         promised = self.options.promises.constants.get(name)
         facts = no_facts(value, LIVE)
+        if name in self.options.promises.ranges:
+            ends = self.options.promises.ranges[name]
+            ones = torch.ones_like(facts.kind, dtype=torch.float64)
+            facts = replace(facts, bounds=Bounds(*(ones * end for end in ends)))
         if not promised:
             return facts
         axis = channel_axis(value)
@@ -176,6 +180,8 @@ class Analysis:
         step = Step(self, node, tuple(args), dict(kwargs), value)
         readers = [len(facts.tail.readers) for facts in step.facts() if facts.tail is not None]
         result = RULES.get(str(node.target), opaque)(step)
+        if self.options.promises.ranges:
+            result = bounded(step, result)
         result = map_facts(demote, result)
         self._follow_tails(step, result, readers)
         if self._taps & owners(node):

@@ -15,6 +15,7 @@ __all__ = [
     "BY_SIZE",
     "CONSTANT",
     "LIVE",
+    "Bounds",
     "Facts",
     "align",
     "compress",
@@ -33,6 +34,14 @@ _SAME = 1e-12
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """What a tensor cannot fall below or exceed, compressed as ``Facts.kind`` is."""
+
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
 class Facts:
     """One traced tensor.
 
@@ -45,6 +54,7 @@ class Facts:
     fields: tuple[Tensor, ...] = ()
     tail: Tail | None = None
     source: str | None = None  # the parameter or buffer that this is, unchanged
+    bounds: Bounds | None = None
 
     @property
     def shape(self) -> torch.Size:

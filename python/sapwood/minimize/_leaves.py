@@ -17,8 +17,8 @@ from sapwood.minimize.modules import (
     CompensatedGroupNorm,
     CompensatedLayerNorm,
     CompensatedRMSNorm,
-    IndexAdd,
     InputSelect,
+    OutputScatter,
     RaggedAttention,
 )
 
@@ -31,8 +31,8 @@ LEAVES: tuple[type[nn.Module], ...] = (
     CompensatedGroupNorm,
     CompensatedLayerNorm,
     CompensatedRMSNorm,
-    IndexAdd,
     InputSelect,
+    OutputScatter,
     RaggedAttention,
 )
 

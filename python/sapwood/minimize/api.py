@@ -58,9 +58,10 @@ def analyze(
             carries (``MaskedLinear``, ``MaskedConv2d``, ``torch.nn.utils.prune``) or the zeros of
             its weights.
         rules: ``"exact"``.
-        promises: what holds for every input, ``{"input": {"constant": {channel: value}}}``, with
-            the argument's name, or ``"input"`` for a single one. The network is exact only for
-            inputs that keep the promise; report and file carry it.
+        promises: what holds for every input, ``{"input": {"constant": {channel: value}, "range":
+            (0, 1)}}``, with the argument's name, or ``"input"`` for a single one; a range holds for
+            all entries and may end in infinity. The network is exact only for inputs that keep the
+            promise; report and file carry it.
         keep: names of modules whose outputs must keep all channels.
         border: constants in front of zero padding go into a table of border values (``"table"``),
             a channel of ones (``"ones"``), or stay (``"refuse"``).

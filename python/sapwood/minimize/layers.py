@@ -11,7 +11,16 @@ from torch import Tensor
 
 from sapwood.minimize._tails import Tail
 
-__all__ = ["Affine", "Edit", "GroupedConvolution", "Holds", "Layer", "Normalization", "Selection"]
+__all__ = [
+    "Affine",
+    "Edit",
+    "GroupedConvolution",
+    "Holds",
+    "Layer",
+    "Normalization",
+    "Scattering",
+    "Selection",
+]
 
 #: One step of surgery, as JSON holds it.
 Edit = dict[str, Any]
@@ -44,7 +53,8 @@ class Affine(Layer):
     """A linear layer or convolution: ``connected`` (out, in) tells where its weight is not zero.
 
     A constant input channel j is ``foldable`` into the bias, or into a border bias where
-    ``border`` says so; ``constants`` holds its value.
+    ``border`` says so; ``constants`` holds its value. ``axis`` is set where the layer is a module
+    that is called as such, so that modules may be put around it: the axis of its channels.
     """
 
     module: str
@@ -58,7 +68,8 @@ class Affine(Layer):
     border: str | None = None
     taps: str | None = None
     transposed: bool = False
-    selectable: bool = False
+    axis: int | None = None
+    kernel: int = 1  # taps per weight
     tail: Tail | None = None
 
     def _tail_mask(self) -> Tensor:
@@ -90,16 +101,22 @@ class Affine(Layer):
         carried = self.tail is not None and self.tail.applied(holds)
         columns = kept if self.tail is not None else self._selected(rows, kept)
         edits = self._folds(rows, columns)
+        written = rows if self.tail is not None else self._written(rows, columns)
         out_axis, in_axis = (1, 0) if self.transposed else (0, 1)
         if carried:
             edits.append(self._carries(rows, kept))
         elif not bool(columns.all()):
             edits.append(cut(self.weight, in_axis, columns))
+        if not bool(written.all()):
+            edits.append(cut(self.weight, out_axis, written))
         if not bool(rows.all()):
-            edits.append(cut(self.weight, out_axis, rows))
             edits += [cut(name, 0, rows) for name in self._row_vectors(edits)]
+        around = {"module": self.module, "dim": self.axis}
         if not bool((columns == kept).all()):
-            edits.append({"op": "select", "module": self.module, "index": indices(columns[kept])})
+            edits.append({"op": "select", **around, "index": indices(columns[kept])})
+        if not bool((written == rows).all()):
+            index, width = indices(written[rows]), int(rows.sum())
+            edits.append({"op": "scatter", **around, "index": index, "width": width})
         return edits
 
     def _carries(self, rows: Tensor, kept: Tensor) -> Edit:
@@ -125,8 +142,7 @@ class Affine(Layer):
         return [name for name in (bias, self.taps) if name is not None]
 
     def _folds(self, rows: Tensor, kept: Tensor) -> list[Edit]:
-        used = self.connected[rows].any(0) if bool(rows.any()) else torch.zeros_like(kept)
-        folded = ~kept & used & (self.constants != 0)
+        folded = self._folded(rows, kept)
         if not bool(folded.any()):
             return []
         columns = indices(folded)
@@ -137,13 +153,29 @@ class Affine(Layer):
 
     def _selected(self, rows: Tensor, kept: Tensor) -> Tensor:
         """The columns to read: fewer than the kept ones where picking them saves storage."""
-        if not self.selectable:
-            return kept
         used = self.connected[rows].any(0) & kept & ~self.foldable
-        if not bool(used.any()):
+        if self.axis is None or self._meets_border(rows, used):
             return kept
-        saved = int((kept & ~used).sum()) * int(rows.sum())
-        return used if saved > int(used.sum()) and 2 * int(used.sum()) < int(kept.sum()) else kept
+        saved = int((kept & ~used).sum()) * int(rows.sum()) * self.kernel
+        return used if _narrow(used, kept, saved) else kept
+
+    def _meets_border(self, rows: Tensor, columns: Tensor) -> bool:
+        """Whether what is folded needs a module of its own in place of the layer."""
+        return self.border is not None and bool(self._folded(rows, columns).any())
+
+    def _folded(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(in,) bool: channels not among the columns whose constant a row reads."""
+        return ~columns & self.connected[rows].any(0) & (self.constants != 0)
+
+    def _written(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The rows to compute: fewer than the kept ones where scattering them saves storage."""
+        if self.axis is None or self._meets_border(rows, columns):
+            return rows
+        used = self.connected[:, columns].any(1) & rows
+        if not bool(used.any()):
+            used[int(rows.nonzero()[0])] = True  # a layer of no rows cannot be traced again
+        saved = int((rows & ~used).sum()) * int(columns.sum()) * self.kernel
+        return used if _narrow(used, rows, saved) else rows
 
 
 @dataclass
@@ -231,6 +263,39 @@ class Selection(Layer):
         if torch.equal(index, self.index):
             return []
         return [{"op": "reindex", "module": self.module, "index": index.tolist()}]
+
+
+@dataclass
+class Scattering(Layer):
+    """An ``OutputScatter``: its index follows the channels on both sides."""
+
+    module: str
+    index: Tensor  # (m,) int64
+    reads: Tensor | None  # (m,) atoms
+    zero: Tensor  # (m,) bool: reads that are always 0
+    writes: Tensor  # (n,) atoms
+
+    def demand(self, holds: Holds) -> Tensor:
+        if self.reads is None:
+            return self.writes[self.index]
+        behind = self.writes[self.index]
+        needed = self.reads[holds(behind) & ~self.zero]
+        return torch.cat((needed, behind[holds(self.reads)]))
+
+    def edits(self, holds: Holds) -> list[Edit]:
+        kept = holds(self.writes)
+        index = self.index if self.reads is None else self.index[holds(self.reads)]
+        index = (kept.cumsum(0) - 1)[index]
+        if bool(kept.all()) and len(index) == len(self.index):
+            return []
+        edit = {"op": "rescatter", "module": self.module, "index": index.tolist()}
+        return [{**edit, "keep": indices(kept)}]
+
+
+def _narrow(used: Tensor, kept: Tensor, saved: int) -> bool:
+    """Whether an index of the used channels costs less than it saves, in storage and in time."""
+    count = int(used.sum())
+    return 0 < count < saved and 2 * count < int(kept.sum())
 
 
 def _filled(atoms: Tensor, holds: Holds) -> Tensor:

@@ -133,11 +133,14 @@ def cost(model: nn.Module, inputs: Inputs) -> Cost:
 def moved_parameters(before: nn.Module, after: nn.Module, edits: list[Edit]) -> dict[str, Moved]:
     """Old name -> new name and indices, for parameters that still exist."""
     wrapped = {e["module"] for e in edits if e["op"] in ("select", "ones")}
+    scattered = {e["module"] for e in edits if e["op"] == "scatter"}
     kept: dict[str, dict[int, tuple[int, ...]]] = {}
     rebuilt = {e["weight"] for e in edits if e["op"] == "groups"}
     for edit in edits:
         if edit["op"] == "slice":
             kept.setdefault(edit["tensor"], {})[edit["axis"]] = tuple(edit["keep"])
+        elif edit["op"] == "rescatter":
+            kept[f"{edit['module']}.bias"] = {0: tuple(edit["keep"])}
         elif edit["op"] == "norm":
             for key in ("weight", "bias"):
                 name = f"{edit['module']}.{key}"
@@ -148,7 +151,8 @@ def moved_parameters(before: nn.Module, after: nn.Module, edits: list[Edit]) -> 
     moved: dict[str, Moved] = {}
     for name, parameter in before.named_parameters():
         path, _, key = name.rpartition(".")
-        new = f"{path}.1.{key}" if path in wrapped else name
+        place = int(path in wrapped) + int(path in scattered and key == "bias")
+        new = f"{path}.{place}.{key}" if path in wrapped or path in scattered else name
         if name in rebuilt or new not in names:
             continue
         axes = kept.get(name, {})

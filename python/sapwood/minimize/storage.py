@@ -22,8 +22,8 @@ from sapwood.minimize.modules import (
     CompensatedGroupNorm,
     CompensatedLayerNorm,
     CompensatedRMSNorm,
-    IndexAdd,
     InputSelect,
+    OutputScatter,
     RaggedAttention,
 )
 from sapwood.minimize.report import MinimizeReport
@@ -55,7 +55,7 @@ _ARGUMENTS: dict[type[nn.Module], str] = {
     BorderBias2d: _CONVOLUTION,
     AppendOnes: "",
     InputSelect: "index dim",
-    IndexAdd: "index dim",
+    OutputScatter: "index width dim bias",
     CompensatedLayerNorm: "kept total eps elementwise_affine bias tail channels_first",
     CompensatedRMSNorm: "kept total eps elementwise_affine tail",
     CompensatedGroupNorm: "groups kept total eps affine",
@@ -65,7 +65,8 @@ _ARGUMENTS: dict[type[nn.Module], str] = {
     ),
 }
 _BY_NAME = {kind.__name__: kind for kind in _ARGUMENTS}
-_WRAPPED = (InputSelect, AppendOnes)
+#: What surgery puts before or behind a layer, with which it forms an ``nn.Sequential``.
+_AROUND = (InputSelect, AppendOnes, OutputScatter)
 
 
 def save(
@@ -163,8 +164,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[Mapping[str, str], dict[str, Te
 
 
 def _described(module: nn.Module) -> dict[str, Any] | None:
-    if type(module) is nn.Sequential and len(module) and type(module[0]) in _WRAPPED:
-        return {"type": "Sequential"}
+    members = list(module) if type(module) is nn.Sequential else []
+    if len(members) in (2, 3) and any(type(member) in _AROUND for member in members):
+        return {"type": "Sequential", "members": len(members)}
     if type(module) is AttentionCall:
         remembered = {name: getattr(module, name) for name in ("sources", "causal", "outputs")}
         return {"type": "AttentionCall", **remembered}
@@ -202,7 +204,10 @@ def _rebuild(
     kind = arguments.pop("type")
     if kind == "Sequential":
         # Its members follow, under names that nn.Sequential does not have yet.
-        model.set_submodule(path, nn.Sequential(nn.Identity(), nn.Identity()))
+        members = arguments.get("members", 2)  # as many as early files always had
+        if members not in (2, 3):
+            raise ValueError(f"{path} has {members} members")
+        model.set_submodule(path, nn.Sequential(*(nn.Identity() for _ in range(members))))
         return
     if kind == "AttentionCall":
         model.set_submodule(path, _empty_call(arguments))
@@ -212,11 +217,8 @@ def _rebuild(
         _resize(model, made, arguments)
         return
     old = model.get_submodule(path)
-    if issubclass(made, (InputSelect, IndexAdd)):
-        index = tensors[f"{path}.index"]  # as long as the file says, and not as the manifest
-        if index.numel() != arguments.pop("index"):
-            raise ValueError(f"{path}.index has another length")
-        new: nn.Module = made(index, **arguments)
+    if issubclass(made, (InputSelect, OutputScatter)):
+        new: nn.Module = _indexed(made, arguments, tensors, path)
     elif made is AppendOnes:
         new = AppendOnes()
     elif made is nn.PReLU:
@@ -224,6 +226,23 @@ def _rebuild(
     else:
         new = made(**_tuples(arguments), device="meta")
     model.set_submodule(path, new.train(old.training))
+
+
+def _indexed(
+    kind: type[InputSelect | OutputScatter],
+    arguments: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    path: str,
+) -> nn.Module:
+    """Its tensors are as long as the file says, and not as the manifest."""
+    index = tensors[f"{path}.index"]
+    if index.numel() != arguments.pop("index"):
+        raise ValueError(f"{path}.index has another length")
+    if not issubclass(kind, OutputScatter):
+        return kind(index, **arguments)
+    if arguments["bias"] and tensors[f"{path}.bias"].numel() != arguments["width"]:
+        raise ValueError(f"{path}.bias has another length")
+    return kind(index, **arguments, device="meta")
 
 
 def _empty_call(arguments: dict[str, Any]) -> AttentionCall:

@@ -330,12 +330,14 @@ class _Observer(TorchFunctionMode):
 
     def _index_added(self, result: Tensor, args: Any) -> None:
         stream, dim, index, branch = args[:4]
-        ids, added = self._of(stream), self._of(branch)
-        if ids is None:
-            return
-        if added is not None:
-            self._join(ids.index_select(dim, index.cpu()), added)
-        self._tag(result, ids)
+        ids, added, places = self._of(stream), self._of(branch), index.cpu().long()
+        if ids is not None and added is not None:
+            self._join(ids.index_select(dim, places), added)
+        elif ids is None and added is not None:  # zeros or a bias, which nothing else writes
+            fresh = self._along(self._fresh(stream.shape[dim]), stream, dim)
+            ids = fresh.index_copy(dim, places, added)
+        if ids is not None:
+            self._tag(result, ids)
 
     def _attention_module(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """``nn.MultiheadAttention``: the projections as layers of their own."""

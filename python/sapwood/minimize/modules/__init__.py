@@ -3,7 +3,7 @@
 from sapwood.minimize.modules.attention import HeadBlock, RaggedAttention
 from sapwood.minimize.modules.convolution import AppendOnes, BorderBias2d
 from sapwood.minimize.modules.group_normalization import CompensatedGroupNorm
-from sapwood.minimize.modules.indexing import IndexAdd, InputSelect
+from sapwood.minimize.modules.indexing import InputSelect, OutputScatter
 from sapwood.minimize.modules.normalization import CompensatedLayerNorm, CompensatedRMSNorm
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "CompensatedLayerNorm",
     "CompensatedRMSNorm",
     "HeadBlock",
-    "IndexAdd",
     "InputSelect",
+    "OutputScatter",
     "RaggedAttention",
 ]

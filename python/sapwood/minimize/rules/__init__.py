@@ -5,6 +5,7 @@ returns the facts of the result. An operation without a rule keeps all channels 
 """
 
 from sapwood.minimize.rules import (
+    bounds,
     convolution,
     elementwise,
     leaf,
@@ -14,10 +15,13 @@ from sapwood.minimize.rules import (
     pooling,
 )
 from sapwood.minimize.rules._registry import RULES, Step, map_facts, opaque, tensors_in
+from sapwood.minimize.rules.bounds import bounded
 
 __all__ = [
     "RULES",
     "Step",
+    "bounded",
+    "bounds",
     "convolution",
     "elementwise",
     "leaf",

@@ -135,11 +135,19 @@ def _dense(step: Step, conv: _Convolution, path: str) -> Facts:
         view.constants,
         border=border,
         taps=None if conv.taps is None else f"{path}.taps".lstrip("."),
+        axis=_channel_axis(step, conv, path),
+        kernel=conv.weight.shape[2:].numel(),
     )
     step.analysis.layers.append(layer)
     if type(step.analysis.module(path)) is nn.Conv2d and not bool(conv.leaving().any()):
         read_tail(conv.x.tail, layer)
     return _output(step, conv, view, connected, writes)
+
+
+def _channel_axis(step: Step, conv: _Convolution, path: str) -> int | None:
+    """Where modules may be put around the layer: the axis of its channels, from the end."""
+    plain = type(step.analysis.module(path)) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return 1 - conv.weight.ndim if plain and step.path == path != "" else None
 
 
 def _output(

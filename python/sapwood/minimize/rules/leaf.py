@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from sapwood.minimize._facts import LIVE, Facts, compress
+from sapwood.minimize._facts import CONSTANT, LIVE, Facts, compress
 from sapwood.minimize._leaves import LEAF_OPERATION, Site, site_of
 from sapwood.minimize._tails import FEATURE
-from sapwood.minimize.layers import Selection
+from sapwood.minimize.layers import Scattering, Selection
 from sapwood.minimize.modules import (
     AppendOnes,
     BorderBias2d,
@@ -18,6 +18,7 @@ from sapwood.minimize.modules import (
     CompensatedLayerNorm,
     CompensatedRMSNorm,
     InputSelect,
+    OutputScatter,
     RaggedAttention,
 )
 from sapwood.minimize.rules._registry import Step, opaque, rule
@@ -44,6 +45,8 @@ def leaf(step: Step) -> Any:
         return compensated_groups(step, site, tensors[0])
     if isinstance(module, InputSelect):
         return _select(step, site, tensors[0])
+    if isinstance(module, OutputScatter):
+        return _scatter(step, site, tensors[0])
     if isinstance(module, RaggedAttention):
         args, kwargs = site.calls[call].rebuild(tensors)
         return attention(step, site, module, args, kwargs)
@@ -80,3 +83,22 @@ def _select(step: Step, site: Site, x: Facts) -> Any:
     shape[axis] = len(index)
     moved = replace(x, value=step.value, kind=compress(kind), source=None)
     return moved.with_fields(*view.rest, writes.reshape(shape))
+
+
+def _scatter(step: Step, site: Site, x: Facts) -> Any:
+    """Channels that are not written are constants."""
+    module = site.module
+    assert isinstance(module, OutputScatter)
+    axis, index = module.dim % x.ndim, module.index.long()
+    view = channel_view(step, x, axis)
+    writes = step.analysis.atoms.new(module.width, site.path)
+    zero = view.uniform & (view.constants == 0)
+    step.analysis.layers.append(Scattering(site.path, index, view.atoms, zero, writes))
+    spread = [size if a == axis else x.kind.shape[a] for a, size in enumerate(x.shape)]
+    shape = list(spread)
+    shape[axis] = module.width
+    kind = torch.full(shape, CONSTANT, dtype=torch.uint8)
+    kind = kind.index_copy(axis, index, x.kind.expand(spread))
+    shape = [1] * x.ndim
+    shape[axis] = module.width
+    return Facts(step.value, compress(kind), (*view.rest, writes.reshape(shape)))

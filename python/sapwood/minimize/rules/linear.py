@@ -113,7 +113,7 @@ def linear(step: Step) -> Any:
         connected,
         foldable,
         view.constants,
-        selectable=plain and path != "",
+        axis=-1 if plain and step.path == path != "" else None,
     )
     analysis.layers.append(layer)
     if plain:

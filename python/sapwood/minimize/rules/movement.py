@@ -11,7 +11,7 @@ from torch.utils import _pytree
 from sapwood.minimize._facts import BY_POSITION, CONSTANT, Facts, compress, varying
 from sapwood.minimize.rules._registry import Step, opaque, rule
 
-_FREE = """
+MOVES = """
 view.default _unsafe_view.default reshape.default permute.default transpose.int t.default
 numpy_T.default unsqueeze.default squeeze.default squeeze.dim squeeze.dims expand.default
 expand_as.default flatten.using_ints unflatten.int movedim.int movedim.intlist swapaxes.default
@@ -25,22 +25,23 @@ _PICKING = "split split_with_sizes chunk unbind select slice narrow index_select
 _SHUFFLES = ("channel_shuffle", "native_channel_shuffle")
 
 
-@rule(*(f"aten.{name}" for name in _FREE.split()))
+@rule(*(f"aten.{name}" for name in MOVES.split()))
 def move(step: Step) -> Any:
     """Runs the operation on the atoms of the tensor in place of its values."""
     source = step.analysis.labelled(step.facts()[0])
     fields = [f for f in source.fields if _movable(step, source, f)]
-    kinds = _moved(step, source, source.kind)
-    moved = [_moved(step, source, field) for field in fields]
+    kinds = moved(step, source, source.kind)
+    after = [moved(step, source, field) for field in fields]
     if isinstance(step.value, Tensor):
-        return _result(step, source, fields, step.value, kinds, moved)
+        return _result(step, source, fields, step.value, kinds, after)
     return [
-        _result(step, source, fields, value, kinds[i], [m[i] for m in moved])
+        _result(step, source, fields, value, kinds[i], [m[i] for m in after])
         for i, value in enumerate(step.value)
     ]
 
 
-def _moved(step: Step, source: Facts, what: Tensor) -> Any:
+def moved(step: Step, source: Facts, what: Tensor) -> Any:
+    """What the operation does to a tensor that is compressed as the source's kind is."""
     first = step.facts()[0]
     # As float64, which every operation accepts and which holds the numbers exactly.
     full = what.expand(source.shape).double().contiguous()

@@ -110,7 +110,7 @@ def _pooled(step: Step, x: Facts, kind: Tensor) -> Any:
 def reduction(step: Step) -> Any:
     """A channel that is reduced over must stay; reducing positions leaves channels alone."""
     bound, x = step.bound(), step.analysis.labelled(step.facts()[0])
-    dims = _dims(bound, x.ndim)
+    dims = reduced_axes(bound, x.ndim)
     kept: list[Tensor] = []
     for field in x.fields:
         if set(varying(field)) & set(dims):
@@ -129,7 +129,8 @@ def reduction(step: Step) -> Any:
     return Facts(step.value, compress(kind), tuple(kept))
 
 
-def _dims(bound: dict[str, Any], ndim: int) -> list[int]:
+def reduced_axes(bound: dict[str, Any], ndim: int) -> list[int]:
+    """The axes that a reduction goes over."""
     dim = bound.get("dim")
     if dim is None or dim == []:
         return list(range(ndim))

@@ -17,6 +17,7 @@ from sapwood.minimize.modules import (
     CompensatedLayerNorm,
     CompensatedRMSNorm,
     InputSelect,
+    OutputScatter,
 )
 from sapwood.minimize.surgery._attention import (
     canonical,
@@ -35,12 +36,14 @@ _ORDER = (
     "slice",
     "groups",
     "reindex",
+    "rescatter",
     "norm",
     "tail",
     "attention",
     "table",
     "ones",
     "select",
+    "scatter",
 )
 
 
@@ -200,8 +203,40 @@ def _ones(source: nn.Module, target: nn.Module, edit: Edit) -> None:
 def _select(source: nn.Module, target: nn.Module, edit: Edit) -> None:
     layer: Any = target.get_submodule(edit["module"])
     index = torch.tensor(edit["index"], dtype=torch.int64, device=layer.weight.device)
-    wrapped = nn.Sequential(InputSelect(index), layer).train(layer.training)
+    select = InputSelect(index, edit.get("dim", -1))
+    wrapped = nn.Sequential(select, layer).train(layer.training)
     replace_module(target, edit["module"], wrapped)
+
+
+def _scatter(source: nn.Module, target: nn.Module, edit: Edit) -> None:
+    """Puts the rows that were kept among the others, which are the bias alone."""
+    found: Any = target.get_submodule(edit["module"])
+    members = list(found) if isinstance(found, nn.Sequential) else [found]
+    layer: Any = members[-1]
+    members.append(_scattering(edit, edit["width"], edit["dim"], layer.weight.device, layer.bias))
+    layer.bias = None
+    wrapped = nn.Sequential(*members).train(layer.training)
+    replace_module(target, edit["module"], wrapped)
+
+
+def _rescatter(source: nn.Module, target: nn.Module, edit: Edit) -> None:
+    old: Any = target.get_submodule(edit["module"])
+    device, bias = old.index.device, None
+    if old.bias is not None:
+        keep = torch.tensor(edit["keep"], dtype=torch.int64, device=device)
+        kept = old.bias.detach().index_select(0, keep)
+        bias = nn.Parameter(kept, requires_grad=old.bias.requires_grad)
+    new = _scattering(edit, len(edit["keep"]), old.dim, device, bias)
+    replace_module(target, edit["module"], new.train(old.training))
+
+
+def _scattering(
+    edit: Edit, width: int, dim: int, device: torch.device, bias: nn.Parameter | None
+) -> OutputScatter:
+    index = torch.tensor(edit["index"], dtype=torch.int64, device=device)
+    scatter = OutputScatter(index, width, dim, bias=False)
+    scatter.bias = bias
+    return scatter
 
 
 _OPERATIONS: dict[str, _Operation] = {
@@ -209,10 +244,12 @@ _OPERATIONS: dict[str, _Operation] = {
     "slice": _slice,
     "groups": _groups,
     "reindex": _reindex,
+    "rescatter": _rescatter,
     "norm": _norm,
     "tail": _tail,
     "attention": narrow_attention,
     "table": _table,
     "ones": _ones,
     "select": _select,
+    "scatter": _scatter,
 }
