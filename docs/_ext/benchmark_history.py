@@ -36,12 +36,20 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> nodes.table:
     return nodes.table("", group)
 
 
+def duration(microseconds: float) -> str:
+    """Three digits and the unit that suits them."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if microseconds >= size:
+            return f"{microseconds / size:#.3g} {unit}".replace(". ", " ")
+    return f"{microseconds:#.3g} us".replace(". ", " ")
+
+
 def pivot(rows: Sequence[Row]) -> nodes.table:
-    """One line a case, one column a provider; cells hold microseconds and the ratio."""
+    """One line a case, one column a provider; cells hold the time and the ratio."""
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     cases: dict[str, dict[str, str]] = {}
     for row in rows:
-        cell = f"{float(row['median_us']):.4g} us ({float(row['ratio']):.2f})"
+        cell = f"{duration(float(row['median_us']))} ({float(row['ratio']):.2f})"
         cases.setdefault(row["case"], {})[row["provider"]] = cell
     body = [[case, *(cells.get(p, "") for p in providers)] for case, cells in cases.items()]
     return table(["case", *providers], body)
