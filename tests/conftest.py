@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,16 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data", type=Path, default=None, help="folder of real data sets")
     parser.addoption("--emulation-library", type=Path, default=None, help="the built _ops_emu.so")
+
+
+def pytest_configure() -> None:
+    """Lets workers end by themselves: one that is killed does not write its coverage.
+
+    Ten seconds are not enough on a busy machine for a library with counters for every line.
+    """
+    manager = importlib.util.find_spec("xdist") and importlib.import_module("xdist.workermanage")
+    if manager:
+        manager.NodeManager.EXIT_TIMEOUT = 300
 
 
 def pytest_collection_finish() -> None:
