@@ -38,8 +38,7 @@ _MAXIMA = {
     for n in (1, 2, 3)
     for end in ("", "_with_indices")
 }
-_PADS = {f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)}
-_BY_CHANNEL = _AVERAGES | _MAXIMA | _PADS | {"constant_pad_nd", "mean"}
+_BY_CHANNEL = _AVERAGES | _MAXIMA | {"pad", "constant_pad_nd", "mean"}
 _SINGLE = _PROPORTIONAL | _HOMOGENEOUS | set(_ENTRYWISE.split())
 _BATCH_NORM = "_native_batch_norm_legit_no_training"
 
@@ -231,11 +230,13 @@ class _Walk:
             raise self._refused(node)
         if name == "mean":
             axis = self._behind_mean(node, layout, axis)
-        elif name == "constant_pad_nd":
+        elif name.endswith(("pad", "pad_nd")):
             amounts: Any = node.args[1]
             if axis in [ndim - 1 - i // 2 for i, amount in enumerate(amounts) if amount]:
                 raise self._refused(node)
-            if len(node.args) > 2 and node.args[2] != 0:
+            place = 3 if name == "pad" else 2
+            value = node.args[place] if len(node.args) > place else node.kwargs.get("value")
+            if value not in (None, 0):
                 self._allow(Multiples.EQUAL)
         elif axis != 1 or ndim != 2 + int(next(c for c in name if c.isdigit())):
             raise self._refused(node)
