@@ -706,7 +706,13 @@ MERGED = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+#: What the others show already; together they take 20 s.
+SLOW = ("vit", "small_gpt", "resnet_projection", "any_size_resnet", "lenet300")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
+)
 def test_whole_networks(name: str) -> None:
     case = CASES[name]
     model = case.make(0)
