@@ -90,6 +90,10 @@ def test_a_pruned_network_is_minimized_as_it_is(
     small = load(out / "model.safetensors", network)
     pruned = json.loads((run / "report.json").read_text())
     assert accuracy(small) == pytest.approx(pruned["accuracy"])
+    merged = invoke("minimize", "--run", run, "--rules", "exact+merge", "--out", out, "--json")
+    assert json.loads(merged.stdout)["rules"] == "exact+merge"
+    assert json.loads(merged.stdout)["parameters_after"] <= after["parameters"]
+    assert report["rules"] == "exact"
 
 
 def test_an_interrupted_run_goes_on(
@@ -147,6 +151,7 @@ def test_other_networks_and_options(invoke: Invoke, tmp_path: Path) -> None:
         (["--max-drop", "-1"], "max_drop must be at least 0"),
         (["--task", "mnist"], "needs --data DIR"),
         (["--limit", "15"], "--limit must be a multiple of the 10 classes"),
+        (["--rules", "exact+merge"], "--rules exact+merge needs --run DIR"),
         (["--run", "nowhere"], "--run must be a folder of 'sapwood prune', got no"),
     ],
 )

@@ -116,7 +116,7 @@ def test_force_eval_restores_every_mode() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"rules": "loose"}, "rules must be one of exact, got 'loose'"),
+        ({"rules": "loose"}, r"rules must be one of exact, exact\+merge, got 'loose'"),
         ({"border": "none"}, "border must be one of table, ones, refuse, got 'none'"),
         ({"round_to": 0}, "round_to must be at least 1, got 0"),
         ({"keep": ["9"]}, "keep must name modules of the model, got '9'"),

@@ -116,7 +116,7 @@ SETTINGS = settings(
 )
 
 
-def check(model: nn.Module, seed: int, density: float) -> None:
+def check(model: nn.Module, seed: int, density: float, rules: str = "exact") -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -127,22 +127,47 @@ def check(model: nn.Module, seed: int, density: float) -> None:
                 tensor *= torch.rand(tensor.shape, generator=generator) < 0.7
     model.double().eval()
     mask_randomly(model, seed, density)
+    if rules != "exact":
+        repeat_units(model)
     x = torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64)
-    small, report = minimize(model, x)
+    small, report = minimize(model, x, rules=rules)
     other = torch.randn(3, 3, 5, 7, generator=generator, dtype=torch.float64)
     for inputs in (x * 3.0, other):
         assert largest_difference(model, small, inputs) <= 1e-9
     assert report.parameters_after <= report.parameters_before
     assert report.macs_after <= report.macs_before
-    again, second = minimize(small, x)
+    again, second = minimize(small, x, rules=rules)
     assert second.plan.edits == []
     assert torch.equal(again(other), small(other))
+
+
+@torch.no_grad()
+def repeat_units(model: nn.Module) -> None:
+    """Makes the second unit of every dense convolution half the first."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            for tensor in (module.weight, module.bias):
+                if tensor is not None:
+                    tensor[1] = 0.5 * tensor[0]
 
 
 @given(graphs(), *MASKS)
 @settings(SETTINGS, max_examples=5)
 def test_some_random_graphs(model: Graph, seed: int, density: float) -> None:
     check(model, seed, density)
+
+
+@given(graphs(), *MASKS)
+@settings(SETTINGS, max_examples=5)
+def test_some_random_graphs_with_merging(model: Graph, seed: int, density: float) -> None:
+    check(model, seed, density, rules="exact+merge")
+
+
+@pytest.mark.slow
+@given(st.lists(graphs(), min_size=4, max_size=4), *MASKS)
+@settings(SETTINGS, max_examples=15)
+def test_sixty_random_graphs_with_merging(models: list[Graph], seed: int, density: float) -> None:
+    check(SideBySide(models), seed, density, rules="exact+merge")
 
 
 @pytest.mark.slow

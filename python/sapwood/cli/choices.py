@@ -34,6 +34,13 @@ class Shrinkable(str, Enum):
     vit_micro = "vit_micro"
 
 
+class Rules(str, Enum):
+    """How far ``sapwood minimize --run`` goes."""
+
+    exact = "exact"
+    merge = "exact+merge"
+
+
 class Score(str, Enum):
     """What ``sapwood minimize`` ranks weights by."""
 

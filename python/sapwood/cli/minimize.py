@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sapwood.cli import console
-from sapwood.cli.choices import Score, Shrinkable, Task
+from sapwood.cli.choices import Rules, Score, Shrinkable, Task
 
 if TYPE_CHECKING:
     from sapwood.cli.shrinking import Shrunk
@@ -28,6 +28,9 @@ def minimize(
     run: Annotated[
         Path | None, typer.Option(help="Folder of 'sapwood prune': minimize its network.")
     ] = None,
+    rules: Annotated[
+        Rules, typer.Option(help="With --run: merge units that are multiples of others too.")
+    ] = Rules.exact,
     task: Annotated[
         Task | None, typer.Option(help="Default: mnist with --data, else digits.")
     ] = None,
@@ -73,12 +76,14 @@ def minimize(
 
     from sapwood.cli import shrinking
 
+    if run is None and rules is not Rules.exact:
+        console.fail(f"--rules {rules.value} needs --run DIR", console.BAD_ARGUMENTS)
     torch.set_num_threads(threads or 1)
     start = time.perf_counter()
     with _reported(context, out), console.bars() as bars:
         if run is not None:
             dataset = _read(*shrinking.trained_on(run), data=data)
-            shrunk = shrinking.once(run, dataset, bars)
+            shrunk = shrinking.once(run, dataset, bars, rules.value)
         else:
             task = task or (Task.mnist if data is not None else Task.digits)
             dataset = _read(task, limit, data=data)

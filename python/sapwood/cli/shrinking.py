@@ -109,7 +109,7 @@ def trained_on(run: Path) -> tuple[Task, int | None]:
     return Task(report["task"]), report["setup"]["limit"]
 
 
-def once(run: Path, dataset: data.Dataset, bars: Bars) -> Shrunk:
+def once(run: Path, dataset: data.Dataset, bars: Bars, rules: str) -> Shrunk:
     """Minimizes the network of a finished ``sapwood prune``; nothing is trained."""
     setup = _prune_report(run)["setup"]
     model = tasks.network(setup["arch"], dataset, setup["seed"])
@@ -118,7 +118,7 @@ def once(run: Path, dataset: data.Dataset, bars: Bars) -> Shrunk:
     if (run / "masks.safetensors").exists():
         masks = MaskSet.load(run / "masks.safetensors")
     model.eval()
-    small, report = minimize(model, dataset.test_inputs[:_EXAMPLES], masks=masks)
+    small, report = minimize(model, dataset.test_inputs[:_EXAMPLES], masks=masks, rules=rules)
     rows = [
         Row(
             "masked",
@@ -140,6 +140,7 @@ def once(run: Path, dataset: data.Dataset, bars: Bars) -> Shrunk:
     outputs = _outputs(model, dataset.test_inputs), _outputs(small, dataset.test_inputs)
     same = int((outputs[0].argmax(1) == outputs[1].argmax(1)).sum())
     figures = {
+        "rules": rules,
         **report.to_dict(),
         "same_predictions": same,
         "predictions": len(outputs[0]),

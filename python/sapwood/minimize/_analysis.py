@@ -76,7 +76,7 @@ class Analysis:
         self.balances: list[Balance] = []
         self.tails: list[Tail] = []
         self._labels: dict[str, tuple[Tensor, ...]] = {}
-        self._taps = set(options.keep) | _hooked(model)
+        self.taps = set(options.keep) | _hooked(model)
 
     def module(self, path: str) -> nn.Module | None:
         """The module at a path, if there is one; a leaf itself rather than its stand-in."""
@@ -184,7 +184,7 @@ class Analysis:
             result = bounded(step, result)
         result = map_facts(demote, result)
         self._follow_tails(step, result, readers)
-        if self._taps & owners(node):
+        if self.taps & owners(node):
             self._tap(node, result)
         return result
 
@@ -197,7 +197,7 @@ class Analysis:
                 tail.blocked = True
 
     def _tap(self, node: fx.Node, result: Any) -> None:
-        for path in self._taps & owners(node):
+        for path in self.taps & owners(node):
             asked = path in self.options.keep
             reason = f"{path} is {'kept as asked' if asked else 'read by a hook'}"
             for facts in tensors_in(result):
@@ -216,7 +216,8 @@ class Analysis:
     def solve(self) -> set[int]:
         """Representatives of the classes that stay: the least set closed under all demands."""
         while True:
-            kept = self._closed()
+            # What has to be evened out is known only once all demands are.
+            kept = self._closed([*self.balances, self._never_empty])
             settled = [tail.settle(partial(self.holds, kept)) for tail in self.tails]
             if not any(settled):
                 return kept
@@ -226,12 +227,14 @@ class Analysis:
         flags = [self.atoms.find(atom) in kept for atom in atoms.flatten().tolist()]
         return torch.tensor(flags, dtype=torch.bool).reshape(atoms.shape)
 
-    def _closed(self) -> set[int]:
+    def needed(self) -> set[int]:
+        """Those that are read or pinned, without what stays to even out widths."""
+        return self._closed([])
+
+    def _closed(self, corrections: list[Balance]) -> set[int]:
         kept = set(self.atoms.pinned())
         holds = partial(self.holds, kept)
         demands = [layer.demand for layer in reversed(self.layers)]
-        # What has to be evened out is known only once all demands are.
-        corrections = [*self.balances, self._never_empty]
         while True:
             before = len(kept)
             for demand in demands:
@@ -287,6 +290,11 @@ class Outcome:
             keep = self.holds(slot.atoms)
             if not bool(keep.all()):
                 self.edits.append(cut(slot.tensor, slot.axis, keep))
+
+    @property
+    def analysis(self) -> Analysis:
+        """What the plan was found by."""
+        return self._analysis
 
     def holds(self, atoms: Tensor) -> Tensor:
         """Which atoms stay."""

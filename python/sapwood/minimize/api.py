@@ -19,12 +19,15 @@ from sapwood.minimize._trace import Inputs, traced
 from sapwood.minimize.attentions import Attentions, find_attentions
 from sapwood.minimize.errors import MinimizeError
 from sapwood.minimize.layers import Edit
+from sapwood.minimize.merging import Merged, merged
 from sapwood.minimize.plan import Plan, Refusal, fingerprint
 from sapwood.minimize.report import MinimizeReport, cost, moved_parameters, track
 from sapwood.minimize.surgery import operate
 from sapwood.minimize.verify import TOLERANCE, difference, draws
 
 __all__ = ["analyze", "minimize"]
+
+_RULES = ("exact", "exact+merge")
 
 
 def analyze(
@@ -57,7 +60,10 @@ def analyze(
         masks: parameter name -> bool tensor, True keeps. None takes the masks that the model
             carries (``MaskedLinear``, ``MaskedConv2d``, ``torch.nn.utils.prune``) or the zeros of
             its weights.
-        rules: ``"exact"``.
+        rules: ``"exact"``, or ``"exact+merge"``, which also merges units of one layer that are
+            multiples of each other, multiplies out chains of linear layers where the product is
+            smaller, and takes units that nobody reads their weights. Sums are then rounded
+            differently.
         promises: what holds for every input, ``{"input": {"constant": {channel: value}, "range":
             (0, 1)}}``, with the argument's name, or ``"input"`` for a single one; a range holds for
             all entries and may end in infinity. The network is exact only for inputs that keep the
@@ -83,7 +89,8 @@ def analyze(
         plain = materialised(model, masks)
     inputs = Inputs.of(example_inputs)
     promised = Promises.of(promises, plain, inputs)
-    return _planned(plain, inputs, Options(border, tuple(keep), round_to, promised)).plan
+    options = Options(border, tuple(keep), round_to, promised)
+    return _planned(plain, inputs, options, rules != "exact").plan
 
 
 class _Planned:
@@ -93,34 +100,47 @@ class _Planned:
         self.plan, self.before, self.after, self.inputs = plan, before, after, inputs
 
 
-def _planned(plain: nn.Module, inputs: Inputs, options: Options) -> _Planned:
+def _planned(plain: nn.Module, inputs: Inputs, options: Options, merge: bool) -> _Planned:
     exact = copy.deepcopy(plain).cpu().double()
     exact.requires_grad_(True)
     wide = inputs.map(lambda t: t.detach().cpu().double() if t.is_floating_point() else t.cpu())
     with traced(exact, wide) as trace:
         found = find_attentions(exact, wide, trace)
-        outcome = None if found.edits else analysed_trace(exact, trace, options)
+        outcome = None if found.edits or merge else analysed_trace(exact, trace, options)
     common = operate(exact, found.edits.values()).requires_grad_(True) if found.edits else exact
-    if outcome is None:
-        outcome = analysed(common, wide, options)
-    small, problem = _tried(common, outcome, wide)
+    state = _analysed(common, wide, options, merge, outcome)
+    small, problem = _tried(state.model, state.outcome, wide)
     if problem is not None:
-        options = replace(options, refused=_culprits(common, outcome, wide, options))
-        outcome = analysed(common, wide, options)
-        small, problem = _tried(common, outcome, wide)
+        options = replace(options, refused=_culprits(state.model, state.outcome, wide, options))
+        state = _analysed(common, wide, options, merge)
+        small, problem = _tried(state.model, state.outcome, wide)
         if problem is not None:
             raise MinimizeError(f"sapwood.minimize: the rewrite must compute the same: {problem}")
-    edits = [*_needed(found, outcome.edits), *outcome.edits]
+    outcome = state.outcome
+    edits = [*_needed(found, outcome.edits), *state.edits, *outcome.edits]
     if found.edits:
         small = operate(exact, edits)  # with attention that nothing was cut of as it was written
     plan = Plan(
         outcome.groups(),
         edits,
-        [*outcome.refusals(), *_left_alone(found)],
+        [*outcome.refusals(), *state.refusals, *_left_alone(found)],
         fingerprint(plain),
         options.promises.to_dict(),
     )
     return _Planned(plan, exact, small, wide)
+
+
+def _analysed(
+    model: nn.Module,
+    inputs: Inputs,
+    options: Options,
+    merge: bool,
+    outcome: Outcome | None = None,
+) -> Merged:
+    """What the exact rules find, if it is not known, after merging if that is asked for."""
+    if merge:
+        return merged(model, inputs, options)
+    return Merged(model, outcome or analysed(model, inputs, options), [], [])
 
 
 def _needed(found: Attentions, edits: list[Edit]) -> list[Edit]:
@@ -230,7 +250,8 @@ def minimize(
         plain = materialised(model, masks)
     inputs = Inputs.of(example_inputs)
     promised = Promises.of(promises, plain, inputs)
-    planned = _planned(plain, inputs, Options(border, tuple(keep), round_to, promised))
+    options = Options(border, tuple(keep), round_to, promised)
+    planned = _planned(plain, inputs, options, rules != "exact")
     error = _verified(planned, promised) if verify else None
     small = operate(plain, planned.plan.edits)
     moved = moved_parameters(plain, small, planned.plan.edits)
@@ -287,7 +308,7 @@ def _verified(planned: _Planned, promises: Promises) -> float:
 
 
 def _check_options(rules: str, border: str, round_to: int) -> None:
-    _check.one_of("minimize", "rules", rules, ("exact",))
+    _check.one_of("minimize", "rules", rules, _RULES)
     _check.one_of("minimize", "border", border, ("table", "ones", "refuse"))
     if round_to < 1:
         _check.fail(ValueError, "minimize", "round_to", "be at least 1", round_to)

@@ -20,6 +20,7 @@ __all__ = [
     "Normalization",
     "Scattering",
     "Selection",
+    "is_narrow",
 ]
 
 #: One step of surgery, as JSON holds it.
@@ -157,7 +158,7 @@ class Affine(Layer):
         if self.axis is None or self._meets_border(rows, used):
             return kept
         saved = int((kept & ~used).sum()) * int(rows.sum()) * self.kernel
-        return used if _narrow(used, kept, saved) else kept
+        return used if is_narrow(int(used.sum()), int(kept.sum()), saved) else kept
 
     def _meets_border(self, rows: Tensor, columns: Tensor) -> bool:
         """Whether what is folded needs a module of its own in place of the layer."""
@@ -175,7 +176,7 @@ class Affine(Layer):
         if not bool(used.any()):
             used[int(rows.nonzero()[0])] = True  # a layer of no rows cannot be traced again
         saved = int((rows & ~used).sum()) * int(columns.sum()) * self.kernel
-        return used if _narrow(used, rows, saved) else rows
+        return used if is_narrow(int(used.sum()), int(rows.sum()), saved) else rows
 
 
 @dataclass
@@ -292,10 +293,9 @@ class Scattering(Layer):
         return [{**edit, "keep": indices(kept)}]
 
 
-def _narrow(used: Tensor, kept: Tensor, saved: int) -> bool:
+def is_narrow(used: int, width: int, saved: int) -> bool:
     """Whether an index of the used channels costs less than it saves, in storage and in time."""
-    count = int(used.sum())
-    return 0 < count < saved and 2 * count < int(kept.sum())
+    return 0 < used < saved and 2 * used < width
 
 
 def _filled(atoms: Tensor, holds: Holds) -> Tensor:

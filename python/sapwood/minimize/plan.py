@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -149,7 +150,30 @@ class Plan:
         console = Console(file=io.StringIO(), width=80, no_color=True)
         console.print(table)
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines())
+        lines = [line.rstrip() for line in text.splitlines()]
+        return "\n".join([*lines, *self._merged()])
+
+    def _merged(self) -> list[str]:
+        """What was merged, a line for each layer."""
+        units: Counter[str] = Counter()
+        lines: list[str] = []
+        for edit in self.edits:
+            if edit["op"] == "merge":
+                units[edit["module"]] += len(edit["units"])
+            elif edit["op"] == "multiply":
+                lines.append(f"{edit['module']} holds its product with {edit['first']}")
+            elif edit["op"] == "thin":
+                count = len(edit["rows"])
+                lines.append(f"{edit['module']} computes {_counted(count, 'unit')} for nobody")
+        merged = [
+            f"{layer}: {_counted(count, 'unit')} merged into multiples"
+            for layer, count in units.items()
+        ]
+        return [*merged, *lines]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -16,8 +16,9 @@ __all__ = ["remap_optimizer"]
 def remap_optimizer(optimizer: Optimizer, report: MinimizeReport) -> None:
     """Points an optimizer at the minimized parameters and cuts its moments as they were cut.
 
-    Parameters that no longer exist, such as the projections of a rebuilt attention, leave the
-    optimizer; parameters that surgery created, such as a new bias, are to be added with
+    Where units were merged, the moments are those of the unit that stayed. Parameters that no
+    longer exist, such as the projections of a rebuilt attention or layers that were multiplied out,
+    leave the optimizer; parameters that surgery created, such as a new bias, are to be added with
     ``optimizer.add_param_group``.
 
     Example:

@@ -145,7 +145,7 @@ def moved_parameters(before: nn.Module, after: nn.Module, edits: list[Edit]) -> 
             for key in ("weight", "bias"):
                 name = f"{edit['module']}.{key}"
                 kept.setdefault(name, {})[0] = tuple(edit["keep"])
-        elif edit["op"] in ("ones", "tail"):
+        elif edit["op"] in ("ones", "tail", "multiply"):
             rebuilt.add(f"{edit['module']}.weight")
     names = {name for name, _ in after.named_parameters()}
     moved: dict[str, Moved] = {}

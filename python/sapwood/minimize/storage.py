@@ -54,6 +54,7 @@ _ARGUMENTS: dict[type[nn.Module], str] = {
     nn.PReLU: "num_parameters",
     BorderBias2d: _CONVOLUTION,
     AppendOnes: "",
+    nn.Identity: "",  # in the place of a layer that was multiplied out
     InputSelect: "index dim",
     OutputScatter: "index width dim bias",
     CompensatedLayerNorm: "kept total eps elementwise_affine bias tail channels_first",

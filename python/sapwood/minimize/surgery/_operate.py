@@ -24,11 +24,20 @@ from sapwood.minimize.surgery._attention import (
     guard_fast_paths,
     narrow_attention,
 )
+from sapwood.minimize.surgery._merge import merge, multiply, narrowed, thin, widened
 from sapwood.minimize.surgery._tensors import assign, fetch, refresh, replace_module
 
 __all__ = ["operate"]
 
 _Operation = Callable[[nn.Module, nn.Module, Edit], None]
+
+#: What changes the network that is then cut, in the order of the plan.
+_PREPARING: dict[str, Callable[[nn.Module, Edit], None]] = {
+    "canonical": canonical,
+    "merge": merge,
+    "multiply": multiply,
+    "thin": thin,
+}
 
 #: Folding reads whole tensors, so it comes before cutting; replacing takes what cutting left.
 _ORDER = (
@@ -50,15 +59,18 @@ _ORDER = (
 def operate(source: nn.Module, edits: Iterable[Edit]) -> nn.Module:
     """A copy of a plain model with all edits made; sums run in float64 and are rounded once."""
     edits = list(edits)
-    common = [edit for edit in edits if edit["op"] == "canonical"]
-    if common:
+    prepared = [edit for edit in edits if edit["op"] in _PREPARING]
+    types: dict[str, torch.dtype] = {}
+    if prepared:
         source = duplicate(source)
-        for edit in common:
-            canonical(source, edit)
+        types = widened(source, prepared)
+        for edit in prepared:
+            _PREPARING[edit["op"]](source, edit)
     target = duplicate(source)
-    others = [edit for edit in edits if edit["op"] != "canonical"]
+    others = [edit for edit in edits if edit["op"] not in _PREPARING]
     for edit in sorted(others, key=lambda edit: _ORDER.index(edit["op"])):
         _OPERATIONS[edit["op"]](source, target, edit)
+    narrowed(target, types)
     guard_fast_paths(target)
     return target
 
