@@ -434,7 +434,7 @@ def test_a_stream_is_no_unit() -> None:
     model = prepared(Block())
     copied(model.stem, 0, 1)
     copied(model.down, 0, 1)
-    assert "stem: 1 channels stay: multiples of other units" in left_alone(model, random(4, 6))
+    assert "stem: 1 channels stay: multiples of other units" in untouched(model, random(4, 6))
     copied(model.up, 2, 6, 1.5)
     _, report = merge(model, random(4, 6))
     assert kept(report, "up") == [0, 1, 3, 4, 5, 6]
@@ -447,10 +447,10 @@ def test_hooks_and_keep() -> None:
         return model
 
     for name in ("0", "1"):
-        assert "kept as asked" in left_alone(build(), random(5, 4), keep=[name])
+        assert "kept as asked" in untouched(build(), random(5, 4), keep=[name])
         model = build()
         model.get_submodule(name).register_forward_hook(lambda module, inputs, output: None)
-        assert "read by a hook" in left_alone(model, random(5, 4))
+        assert "read by a hook" in untouched(model, random(5, 4))
     _, report = merge(build(), random(5, 4), keep=["2"])
     assert kept(report, "0") == [0, 1]
 
@@ -465,7 +465,7 @@ def test_grouped_and_transposed_convolutions_are_left_alone() -> None:
     for reader in (nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 2, 3)):
         model = chain(nn.Conv2d(2, 4, 3), nn.ReLU(), reader)
         copied(model[0], 0, 2)
-        assert "reads them too" in left_alone(model, random(2, 2, 8, 8))
+        assert "reads them too" in untouched(model, random(2, 2, 8, 8))
 
 
 def test_a_width_that_the_code_repeats() -> None:
@@ -514,7 +514,7 @@ def test_a_product_that_the_code_does_not_follow_is_given_up() -> None:
         return m.second(m.first(x)) * m.first.weight.dim()  # type: ignore[no-any-return]
 
     model = prepared(Net(forward, first=nn.Linear(6, 20), second=nn.Linear(20, 3)))
-    text = left_alone(model, random(5, 6))
+    text = untouched(model, random(5, 6))
     assert "second: left alone: not multiplied out: the model's code does not follow" in text
 
 
@@ -564,7 +564,7 @@ def test_chains_with_other_readers_or_something_between_stay() -> None:
     model = chain(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
     assert untouched(model, random(5, 6)) == ""
     model = chain(nn.Linear(6, 20), nn.Linear(20, 3))
-    assert "kept as asked" in left_alone(model, random(5, 6), keep=["0"])
+    assert "kept as asked" in untouched(model, random(5, 6), keep=["0"])
     model = chain(nn.Linear(6, 1), nn.Linear(1, 1))
     assert untouched(model, random(5, 6), keep=["0"]) == ""
     small, _ = merge(model, random(5, 6))
