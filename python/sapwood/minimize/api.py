@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from sapwood import _check
 from sapwood.minimize._analysis import Options, Outcome, analysed, analysed_trace
-from sapwood.minimize._masks import materialised
+from sapwood.minimize._masks import materialised, separate
 from sapwood.minimize._promises import Promises
 from sapwood.minimize._trace import Inputs, traced
 from sapwood.minimize.attentions import Attentions, find_attentions
 from sapwood.minimize.errors import MinimizeError
 from sapwood.minimize.layers import Edit
-from sapwood.minimize.plan import Plan, Refusal, fingerprint
+from sapwood.minimize.plan import ChannelGroup, Plan, Refusal, fingerprint
 from sapwood.minimize.report import MinimizeReport, cost, moved_parameters, track
 from sapwood.minimize.surgery import operate
-from sapwood.minimize.verify import TOLERANCE, difference, draws
+from sapwood.minimize.verify import TOLERANCE, Observation, Reference, difference
 
 __all__ = ["analyze", "minimize"]
 
@@ -78,48 +77,104 @@ def analyze(
     """
     _check_options(rules, border, round_to)
     _check_keep(model, keep)
-    with _evaluating(model, force_eval):
-        plain = materialised(model, masks)
+    source = _Source(model, masks, force_eval)
     inputs = Inputs.of(example_inputs)
-    promised = Promises.of(promises, plain, inputs)
-    return _planned(plain, inputs, Options(border, tuple(keep), round_to, promised)).plan
+    promised = Promises.of(promises, source.plain(), inputs)
+    plan, _ = _planned(source, _wide(inputs), Options(border, tuple(keep), round_to, promised))
+    return plan
 
 
-class _Planned:
-    """A plan with the float64 models that it was tried on."""
+@dataclass(frozen=True)
+class _Source:
+    """The model that was given; copies are made whenever one is needed rather than kept."""
 
-    def __init__(self, plan: Plan, before: nn.Module, after: nn.Module, inputs: Inputs) -> None:
-        self.plan, self.before, self.after, self.inputs = plan, before, after, inputs
+    model: nn.Module
+    masks: Mapping[str, Tensor] | None
+    force_eval: bool
+
+    def plain(self) -> nn.Module:
+        """With plain layers, masks applied, on the numbers of the model wherever they are equal."""
+        with _evaluating(self.model, self.force_eval):
+            return materialised(self.model, self.masks)
+
+    def exact(self, attention: Iterable[Edit] = ()) -> nn.Module:
+        """As the trials need it: in float64, on the CPU, with edits to the common form made."""
+        exact = self.plain().cpu().double()
+        separate(exact, self.model)
+        edits = list(attention)
+        if edits:
+            exact = operate(exact, edits, consume=True)
+        return exact.requires_grad_(True)
 
 
-def _planned(plain: nn.Module, inputs: Inputs, options: Options) -> _Planned:
-    exact = copy.deepcopy(plain).cpu().double()
-    exact.requires_grad_(True)
-    wide = inputs.map(lambda t: t.detach().cpu().double() if t.is_floating_point() else t.cpu())
-    with traced(exact, wide) as trace:
-        found = find_attentions(exact, wide, trace)
-        outcome = None if found.edits else analysed_trace(exact, trace, options)
-    common = operate(exact, found.edits.values()).requires_grad_(True) if found.edits else exact
-    if outcome is None:
-        outcome = analysed(common, wide, options)
-    small, problem = _tried(common, outcome, wide)
+@dataclass(frozen=True)
+class _Decision:
+    """What the analysis decided, without the trace and the masks that it was decided by."""
+
+    edits: list[Edit]
+    groups: list[ChannelGroup]
+    refusals: list[Refusal]
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> _Decision:
+        return cls(outcome.edits, outcome.groups(), outcome.refusals())
+
+
+def _wide(inputs: Inputs) -> Inputs:
+    return inputs.map(lambda t: t.detach().cpu().double() if t.is_floating_point() else t.cpu())
+
+
+def _ignore(exact: nn.Module) -> None:
+    """Nothing is to be known of the float64 model."""
+
+
+def _planned(
+    source: _Source,
+    inputs: Inputs,
+    options: Options,
+    observe: Callable[[nn.Module], None] = _ignore,
+) -> tuple[Plan, nn.Module]:
+    """The plan, and the minimized float64 model.
+
+    At no time are there two whole float64 models: surgery consumes the one that was analysed, and
+    what is to be known of it is observed before.
+    """
+    digest = fingerprint(source.plain())
+    exact = source.exact()
+    found, decision = _analysed(exact, inputs, options)
+    observe(exact)
+    if found.edits:
+        exact = operate(exact, found.edits.values(), consume=True).requires_grad_(True)
+    expected = Reference.of(exact, inputs)
+    if decision is None:
+        decision = _Decision.of(analysed(exact, inputs, options))
+    small, problem = _tried(exact, decision, expected)
     if problem is not None:
-        options = replace(options, refused=_culprits(common, outcome, wide, options))
-        outcome = analysed(common, wide, options)
-        small, problem = _tried(common, outcome, wide)
+        del small
+        refused = _culprits(source, found, decision, expected, options)
+        exact = source.exact(found.edits.values())
+        decision = _Decision.of(analysed(exact, inputs, replace(options, refused=refused)))
+        small, problem = _tried(exact, decision, expected)
         if problem is not None:
             raise MinimizeError(f"sapwood.minimize: the rewrite must compute the same: {problem}")
-    edits = [*_needed(found, outcome.edits), *outcome.edits]
+    edits = [*_needed(found, decision.edits), *decision.edits]
     if found.edits:
-        small = operate(exact, edits)  # with attention that nothing was cut of as it was written
-    plan = Plan(
-        outcome.groups(),
-        edits,
-        [*outcome.refusals(), *_left_alone(found)],
-        fingerprint(plain),
-        options.promises.to_dict(),
-    )
-    return _Planned(plan, exact, small, wide)
+        del small
+        # With attention that nothing was cut of as it was written.
+        small = operate(source.exact(), edits, consume=True)
+    refusals = [*decision.refusals, *_left_alone(found)]
+    return Plan(decision.groups, edits, refusals, digest, options.promises.to_dict()), small
+
+
+def _analysed(
+    exact: nn.Module, inputs: Inputs, options: Options
+) -> tuple[Attentions, _Decision | None]:
+    """Attention, and if there is none in need of the common form, what can go."""
+    with traced(exact, inputs) as trace:
+        found = find_attentions(exact, inputs, trace)
+        if found.edits:
+            return found, None
+        return found, _Decision.of(analysed_trace(exact, trace, options))
 
 
 def _needed(found: Attentions, edits: list[Edit]) -> list[Edit]:
@@ -138,11 +193,13 @@ def _left_alone(found: Attentions) -> list[Refusal]:
     ]
 
 
-def _tried(exact: nn.Module, outcome: Outcome, inputs: Inputs) -> tuple[nn.Module, str | None]:
-    """The cut model, and what is wrong with it."""
-    small = operate(exact, outcome.edits)
+def _tried(
+    exact: nn.Module, decision: _Decision, expected: Reference
+) -> tuple[nn.Module, str | None]:
+    """The cut model, for which ``exact`` is used up, and what is wrong with it."""
+    small = operate(exact, decision.edits, consume=True)
     try:
-        error = difference(exact, small, inputs)
+        error = difference(expected, small)
     except Exception as failure:
         lines = str(failure).splitlines() or [type(failure).__name__]
         return small, f"the model's code does not follow a smaller width ({lines[0]})"
@@ -152,19 +209,25 @@ def _tried(exact: nn.Module, outcome: Outcome, inputs: Inputs) -> tuple[nn.Modul
 
 
 def _culprits(
-    exact: nn.Module, outcome: Outcome, inputs: Inputs, options: Options
+    source: _Source,
+    found: Attentions,
+    decision: _Decision,
+    expected: Reference,
+    options: Options,
 ) -> dict[str, str]:
     """The groups whose removal alone makes the model fail, with the failure.
 
     Groups are tried one after the other on top of those that work, so that what fails only
     together is found too.
     """
-    names = [g.name for g in outcome.groups() if len(g.kept) < g.width]
+    names = [g.name for g in decision.groups if len(g.kept) < g.width]
     refused = dict.fromkeys(names, "not tried yet")
     for name in list(refused):
         del refused[name]
         trial = replace(options, refused={**options.refused, **refused})
-        _, problem = _tried(exact, analysed(exact, inputs, trial), inputs)
+        exact = source.exact(found.edits.values())
+        chosen = _Decision.of(analysed(exact, expected.inputs, trial))
+        _, problem = _tried(exact, chosen, expected)
         if problem is not None:
             refused[name] = problem
     return refused
@@ -225,28 +288,31 @@ def minimize(
     """
     _check_options(rules, border, round_to)
     _check_keep(model, keep)
-    with _evaluating(model, force_eval):
-        plain = materialised(model, masks)
+    source = _Source(model, masks, force_eval)
     inputs = Inputs.of(example_inputs)
-    promised = Promises.of(promises, plain, inputs)
-    planned = _planned(plain, inputs, Options(border, tuple(keep), round_to, promised))
-    error = _verified(planned, promised) if verify else None
-    small = operate(plain, planned.plan.edits)
-    moved = moved_parameters(plain, small, planned.plan.edits)
+    promised = Promises.of(promises, source.plain(), inputs)
+    seen = Observation(_wide(inputs), promised, verify)
+    options = Options(border, tuple(keep), round_to, promised)
+    plan, trial = _planned(source, seen.inputs, options, seen)
+    error = _verified(seen.expected, trial) if verify else None
+    after = cost(trial, seen.inputs)
+    del trial
+    plain = source.plain()
+    small = operate(plain, plan.edits)
+    moved = moved_parameters(plain, small, plan.edits)
     old = {n.removesuffix("_orig"): p for n, p in model.named_parameters()}
     new = dict(small.named_parameters())
-    before, after = (cost(m, planned.inputs) for m in (planned.before, planned.after))
     sizes = [sum(t.numel() * t.element_size() for t in _stored(m)) for m in (plain, small)]
     _copy_modes(model, small)
     report = MinimizeReport(
-        before.parameters,
+        seen.cost.parameters,
         after.parameters,
         sizes[0],
         sizes[1],
-        before.macs,
+        seen.cost.macs,
         after.macs,
         error,
-        planned.plan,
+        plan,
         moved,
         track(old, new, moved),
         [weakref.ref(p) for name, p in old.items() if name not in moved],
@@ -271,12 +337,9 @@ def _stored(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def _verified(planned: _Planned, promises: Promises) -> float:
+def _verified(expected: Sequence[Reference], small: nn.Module) -> float:
     """The largest error over the example and random inputs that keep the promises."""
-    worst = 0.0
-    drawn = [promises.kept(planned.before, inputs) for inputs in draws(planned.inputs, 2)]
-    for inputs in (planned.inputs, *drawn):
-        worst = max(worst, difference(planned.before, planned.after, inputs))
+    worst = max(difference(reference, small) for reference in expected)
     if not worst <= TOLERANCE:
         raise MinimizeError(
             f"sapwood.minimize: the minimized network must compute the same to {TOLERANCE:.0e} "
