@@ -13,7 +13,7 @@ from torch.nn.utils import prune as torch_prune
 from sapwood.nn import MaskedConv2d, MaskedLinear
 from sapwood.pruning.masks import MaskSet
 
-__all__ = ["duplicate", "materialised", "separate"]
+__all__ = ["duplicate", "materialised", "ordinary", "separate", "stored"]
 
 
 def materialised(model: nn.Module, masks: Mapping[str, Tensor] | None) -> nn.Module:
@@ -62,7 +62,7 @@ def duplicate(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
             tensors of its own, instead of copying them; unusual tensors are copied all the same.
     """
     memo: dict[int, Any] = {}
-    for tensor in filter(_ordinary, share):
+    for tensor in filter(ordinary, share):
         own = tensor.data  # unlike detach, with a count of changes of its own
         parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if parameter else own
@@ -75,9 +75,9 @@ def duplicate(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
 
 def separate(model: nn.Module, other: nn.Module) -> None:
     """Copies the numbers that ``model`` uses of ``other``, so that neither sees the other's."""
-    theirs = {_address(tensor) for tensor in _tensors(other)} - {0}
+    theirs = {_address(tensor) for tensor in stored(other)} - {0}
     memo: dict[int, Any] = {}
-    for tensor in _tensors(model):
+    for tensor in stored(model):
         if _address(tensor) in theirs:
             # As a deep copy of the module would: buffers that are views of one storage stay so.
             own = tensor.data
@@ -85,12 +85,13 @@ def separate(model: nn.Module, other: nn.Module) -> None:
             tensor.data = own.clone() if parameter else copy.deepcopy(own, memo)
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
+def stored(model: nn.Module) -> Iterator[Tensor]:
+    """All parameters and buffers."""
     yield from model.parameters()
     yield from model.buffers()
 
 
-def _ordinary(tensor: Tensor) -> bool:
+def ordinary(tensor: Tensor) -> bool:
     """Whether the tensor is nothing but a view of a storage that may be written to."""
     known = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
     return known and not tensor.is_inference()
@@ -98,7 +99,7 @@ def _ordinary(tensor: Tensor) -> bool:
 
 def _address(tensor: Tensor) -> int:
     """Of the storage; 0 for what ``duplicate`` never shares and for empty tensors."""
-    return tensor.untyped_storage().data_ptr() if _ordinary(tensor) else 0
+    return tensor.untyped_storage().data_ptr() if ordinary(tensor) else 0
 
 
 def _pruned(module: nn.Module) -> list[str]:

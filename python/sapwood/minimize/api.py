@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from sapwood import _check
 from sapwood.minimize._analysis import Options, Outcome, analysed, analysed_trace
-from sapwood.minimize._masks import materialised, separate
+from sapwood.minimize._attention_graph import is_core
+from sapwood.minimize._masks import materialised, separate, stored
 from sapwood.minimize._promises import Promises
-from sapwood.minimize._trace import Inputs, traced
+from sapwood.minimize._trace import Inputs, Outline, Traced, traced
 from sapwood.minimize.attentions import Attentions, find_attentions
 from sapwood.minimize.errors import MinimizeError
 from sapwood.minimize.layers import Edit
@@ -140,8 +142,9 @@ def _planned(
     what is to be known of it is observed before.
     """
     digest = fingerprint(source.plain())
+    found, decision = _analysed(source, inputs, options)
+    gc.collect()  # trace and analysis, which refer to themselves
     exact = source.exact()
-    found, decision = _analysed(exact, inputs, options)
     observe(exact)
     if found.edits:
         exact = operate(exact, found.edits.values(), consume=True).requires_grad_(True)
@@ -167,14 +170,29 @@ def _planned(
 
 
 def _analysed(
-    exact: nn.Module, inputs: Inputs, options: Options
+    source: _Source, inputs: Inputs, options: Options
 ) -> tuple[Attentions, _Decision | None]:
     """Attention, and if there is none in need of the common form, what can go."""
-    with traced(exact, inputs) as trace:
-        found = find_attentions(exact, inputs, trace)
-        if found.edits:
-            return found, None
-        return found, _Decision.of(analysed_trace(exact, trace, options))
+    outline = Outline(source.plain())
+    separate(outline.model, source.model)
+    try:
+        with traced(outline.model, inputs) as trace:
+            found = Attentions({}, {})
+            if _may_attend(outline.model, trace):
+                outline.fill()
+                found = find_attentions(outline.model, inputs, trace)
+            if found.edits:
+                return found, None
+            return found, _Decision.of(
+                analysed_trace(outline.model, outline.lazily(trace), options)
+            )
+    finally:
+        outline.clear()
+
+
+def _may_attend(model: nn.Module, trace: Traced) -> bool:
+    packed = any(type(module) is nn.MultiheadAttention for module in model.modules())
+    return packed or any(is_core(node) for node in trace.graph.nodes)
 
 
 def _needed(found: Attentions, edits: list[Edit]) -> list[Edit]:
@@ -302,7 +320,7 @@ def minimize(
     moved = moved_parameters(plain, small, plan.edits)
     old = {n.removesuffix("_orig"): p for n, p in model.named_parameters()}
     new = dict(small.named_parameters())
-    sizes = [sum(t.numel() * t.element_size() for t in _stored(m)) for m in (plain, small)]
+    sizes = [sum(t.numel() * t.element_size() for t in stored(m)) for m in (plain, small)]
     _copy_modes(model, small)
     report = MinimizeReport(
         seen.cost.parameters,
@@ -330,11 +348,6 @@ def _copy_modes(model: nn.Module, small: nn.Module) -> None:
         if name not in modes:
             modes[name] = modes[name.rpartition(".")[0]]
         module.training = modes[name]
-
-
-def _stored(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
 
 
 def _verified(expected: Sequence[Reference], small: nn.Module) -> float:
