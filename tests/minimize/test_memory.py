@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import prune as torch_prune
 from torch.profiler import ProfilerActivity, profile
 
 from sapwood.minimize import Plan, RaggedAttention, analyze, minimize
 from sapwood.minimize._masks import duplicate, materialised, separate
-from sapwood.minimize._trace import Inputs, Outline, traced
+from sapwood.minimize._trace import Inputs, Outline, Traced, traced
 from sapwood.minimize.surgery import operate
 from sapwood.models import ConvNeXt, ViT
 from sapwood.nn import MaskedLinear
@@ -160,6 +161,18 @@ def test_an_outline_has_one_weight_at_a_time() -> None:
         weights = [i for i, node in enumerate(late.graph.nodes) if node.name in late.sources]
         assert weights[-1] > len(late.sources)  # not all of them come first
     assert same(before, bits(model))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_an_outline_leaves_the_inside_of_leaves_alone(wrapped: bool) -> None:
+    """Rules read the weights of a minimized attention from its modules."""
+    attention = RaggedAttention(6, 6, heads=2, qk_width=2, v_width=2, scale=0.5)
+    model = nn.Sequential(nn.Linear(6, 6), attention) if wrapped else attention
+    outline = Outline(materialised(model, None))
+    trace = Traced(fx.Graph(), {}, {}, Counter(), ())
+    outline.lazily(trace)
+    empty = [name for name, p in outline.model.named_parameters() if not p.numel()]
+    assert empty == (["0.weight"] if wrapped else [])
 
 
 def test_an_outline_that_is_filled_is_the_model() -> None:

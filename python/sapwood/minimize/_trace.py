@@ -87,9 +87,10 @@ class Outline:
     def __init__(self, plain: nn.Module) -> None:
         self.model = plain
         self._given: dict[nn.Parameter, Tensor] = {}
-        leaves = [path for path, module in plain.named_modules() if type(module) in LEAVES]
-        for path, module in plain.named_modules():
-            if type(module) in _LARGE and not any(path.startswith(f"{leaf}.") for leaf in leaves):
+        leaves = [module for module in plain.modules() if type(module) in LEAVES]
+        inside = {part for leaf in leaves for part in leaf.modules()}  # their rules read them
+        for module in plain.modules():
+            if type(module) in _LARGE and module not in inside:
                 self._empty(module.weight)
         plain.cpu().double().requires_grad_(True)
 
