@@ -52,6 +52,7 @@ class Options:
     keep: tuple[str, ...] = ()
     round_to: int = 1
     promises: Promises = field(default_factory=Promises)
+    merge: bool = False
     refused: dict[str, str] = field(default_factory=dict)
 
 

@@ -6,17 +6,30 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
-from sapwood.minimize._leaves import LEAF_OPERATION, leaf_sites, site_of
+from sapwood.minimize._leaves import LEAF_OPERATION, LEAVES, leaf_sites, site_of
+from sapwood.minimize._masks import ordinary
 from sapwood.minimize.errors import MinimizeError
 
-__all__ = ["Inputs", "Traced", "owner", "owners", "traced"]
+__all__ = ["Inputs", "Outline", "Traced", "owner", "owners", "traced"]
+
+#: Layers whose weights the analysis sees in the graph only, never through the module.
+_LARGE: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+    nn.Linear,
+)
 
 
 @dataclass(frozen=True)
@@ -55,9 +68,87 @@ class Traced:
 
     graph: fx.Graph
     sources: dict[str, str]
-    values: dict[str, Any]
+    values: Mapping[str, Any]
     uses: Counter[str]
     inputs: tuple[str, ...]
+
+
+class Outline:
+    """A plain model in float64 on the CPU that has its large weights in shape only.
+
+    That is all that tracing asks for; the analysis then looks at one weight after the other, so
+    that the whole model in float64 never exists meanwhile. Memory is reserved for the weights but
+    not touched before ``fill``.
+
+    Args:
+        plain: a copy of the model, which is changed; the numbers that it uses are not.
+    """
+
+    def __init__(self, plain: nn.Module) -> None:
+        self.model = plain
+        self._given: dict[nn.Parameter, Tensor] = {}
+        leaves = [module for module in plain.modules() if type(module) in LEAVES]
+        inside = {part for leaf in leaves for part in leaf.modules()}  # their rules read them
+        for module in plain.modules():
+            if type(module) in _LARGE and module not in inside:
+                self._empty(module.weight)
+        plain.cpu().double().requires_grad_(True)
+
+    def _empty(self, weight: Any) -> None:
+        if not isinstance(weight, nn.Parameter) or weight in self._given:
+            return  # computed by a parametrization, or tied
+        if ordinary(weight) and weight.is_floating_point():
+            self._given[weight] = weight.data
+            weight.data = torch.empty_like(weight, dtype=torch.float64, device="cpu")
+
+    def fill(self) -> None:
+        """Gives the weights their values, for code that runs modules."""
+        for weight, values in self._given.items():
+            weight.data.copy_(values)
+        self._given.clear()
+
+    def lazily(self, trace: Traced) -> Traced:
+        """The trace with weights that are read, and widened, where they are first used.
+
+        In the model they are empty from now on, so that nobody takes memory for numbers.
+        """
+        given = {
+            name: self._given[parameter]
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if parameter in self._given
+        }
+        for weight in self._given:
+            weight.data = weight.new_empty(0)
+        late = {node: given[name] for node, name in trace.sources.items() if name in given}
+        waiting = set(late)
+        for user in list(trace.graph.nodes):
+            for node in user.all_input_nodes:
+                if node.name in waiting:
+                    user.prepend(node)
+                    waiting.remove(node.name)
+        return replace(trace, values=_Widening(trace.values, late))
+
+    def clear(self) -> None:
+        """Frees the parameters, also where a trace holds them that nobody has collected yet."""
+        self._given.clear()
+        for parameter in self.model.parameters():
+            parameter.data = parameter.new_empty(0)
+
+
+class _Widening(Mapping[str, Any]):
+    """Values of placeholders, some of which become float64 tensors each time they are asked for."""
+
+    def __init__(self, values: Mapping[str, Any], late: Mapping[str, Tensor]) -> None:
+        self._values, self._late = values, late
+
+    def __getitem__(self, name: str) -> Any:
+        return self._late[name].cpu().double() if name in self._late else self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 @contextmanager

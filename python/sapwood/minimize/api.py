@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from sapwood import _check
-from sapwood.minimize._analysis import Options, Outcome, analysed, analysed_trace
-from sapwood.minimize._masks import materialised
+from sapwood.minimize._analysis import Options
+from sapwood.minimize._masks import stored
+from sapwood.minimize._planning import Source, planned, wide
 from sapwood.minimize._promises import Promises
-from sapwood.minimize._trace import Inputs, traced
-from sapwood.minimize.attentions import Attentions, find_attentions
+from sapwood.minimize._trace import Inputs
 from sapwood.minimize.errors import MinimizeError
-from sapwood.minimize.layers import Edit
-from sapwood.minimize.merging import Merged, merged
-from sapwood.minimize.plan import Plan, Refusal, fingerprint
+from sapwood.minimize.plan import Plan
 from sapwood.minimize.report import MinimizeReport, cost, moved_parameters, track
 from sapwood.minimize.surgery import operate
-from sapwood.minimize.verify import TOLERANCE, difference, draws
+from sapwood.minimize.verify import TOLERANCE, Observation, Reference, difference
 
 __all__ = ["analyze", "minimize"]
 
@@ -85,110 +80,11 @@ def analyze(
     """
     _check_options(rules, border, round_to)
     _check_keep(model, keep)
-    with _evaluating(model, force_eval):
-        plain = materialised(model, masks)
+    source = Source(model, masks, force_eval)
     inputs = Inputs.of(example_inputs)
-    promised = Promises.of(promises, plain, inputs)
-    options = Options(border, tuple(keep), round_to, promised)
-    return _planned(plain, inputs, options, rules != "exact").plan
-
-
-class _Planned:
-    """A plan with the float64 models that it was tried on."""
-
-    def __init__(self, plan: Plan, before: nn.Module, after: nn.Module, inputs: Inputs) -> None:
-        self.plan, self.before, self.after, self.inputs = plan, before, after, inputs
-
-
-def _planned(plain: nn.Module, inputs: Inputs, options: Options, merge: bool) -> _Planned:
-    exact = copy.deepcopy(plain).cpu().double()
-    exact.requires_grad_(True)
-    wide = inputs.map(lambda t: t.detach().cpu().double() if t.is_floating_point() else t.cpu())
-    with traced(exact, wide) as trace:
-        found = find_attentions(exact, wide, trace)
-        outcome = None if found.edits or merge else analysed_trace(exact, trace, options)
-    common = operate(exact, found.edits.values()).requires_grad_(True) if found.edits else exact
-    state = _analysed(common, wide, options, merge, outcome)
-    small, problem = _tried(state.model, state.outcome, wide)
-    if problem is not None:
-        options = replace(options, refused=_culprits(state.model, state.outcome, wide, options))
-        state = _analysed(common, wide, options, merge)
-        small, problem = _tried(state.model, state.outcome, wide)
-        if problem is not None:
-            raise MinimizeError(f"sapwood.minimize: the rewrite must compute the same: {problem}")
-    outcome = state.outcome
-    edits = [*_needed(found, outcome.edits), *state.edits, *outcome.edits]
-    if found.edits:
-        small = operate(exact, edits)  # with attention that nothing was cut of as it was written
-    plan = Plan(
-        outcome.groups(),
-        edits,
-        [*outcome.refusals(), *state.refusals, *_left_alone(found)],
-        fingerprint(plain),
-        options.promises.to_dict(),
-    )
-    return _Planned(plan, exact, small, wide)
-
-
-def _analysed(
-    model: nn.Module,
-    inputs: Inputs,
-    options: Options,
-    merge: bool,
-    outcome: Outcome | None = None,
-) -> Merged:
-    """What the exact rules find, if it is not known, after merging if that is asked for."""
-    if merge:
-        return merged(model, inputs, options)
-    return Merged(model, outcome or analysed(model, inputs, options), [], [])
-
-
-def _needed(found: Attentions, edits: list[Edit]) -> list[Edit]:
-    """The common forms that surgery cuts; other attention stays as it is written."""
-    cut = {edit["module"] for edit in edits if edit["op"] == "attention"}
-    return [
-        edit
-        for path, edit in found.edits.items()
-        if path in cut or f"{path}.attention".lstrip(".") in cut
-    ]
-
-
-def _left_alone(found: Attentions) -> list[Refusal]:
-    return [
-        Refusal(path, 0, f"no plain attention: {reason}") for path, reason in found.refused.items()
-    ]
-
-
-def _tried(exact: nn.Module, outcome: Outcome, inputs: Inputs) -> tuple[nn.Module, str | None]:
-    """The cut model, and what is wrong with it."""
-    small = operate(exact, outcome.edits)
-    try:
-        error = difference(exact, small, inputs)
-    except Exception as failure:
-        lines = str(failure).splitlines() or [type(failure).__name__]
-        return small, f"the model's code does not follow a smaller width ({lines[0]})"
-    if not error <= TOLERANCE:
-        return small, f"the model's code depends on the width (difference {error:.1e})"
-    return small, None
-
-
-def _culprits(
-    exact: nn.Module, outcome: Outcome, inputs: Inputs, options: Options
-) -> dict[str, str]:
-    """The groups whose removal alone makes the model fail, with the failure.
-
-    Groups are tried one after the other on top of those that work, so that what fails only
-    together is found too.
-    """
-    names = [g.name for g in outcome.groups() if len(g.kept) < g.width]
-    refused = dict.fromkeys(names, "not tried yet")
-    for name in list(refused):
-        del refused[name]
-        trial = replace(options, refused={**options.refused, **refused})
-        _, problem = _tried(exact, analysed(exact, inputs, trial), inputs)
-        if problem is not None:
-            refused[name] = problem
-    return refused
+    promised = Promises.of(promises, source.plain(), inputs)
+    options = Options(border, tuple(keep), round_to, promised, rules == "exact+merge")
+    return planned(source, wide(inputs), options)[0]
 
 
 def minimize(
@@ -246,29 +142,31 @@ def minimize(
     """
     _check_options(rules, border, round_to)
     _check_keep(model, keep)
-    with _evaluating(model, force_eval):
-        plain = materialised(model, masks)
+    source = Source(model, masks, force_eval)
     inputs = Inputs.of(example_inputs)
-    promised = Promises.of(promises, plain, inputs)
-    options = Options(border, tuple(keep), round_to, promised)
-    planned = _planned(plain, inputs, options, rules != "exact")
-    error = _verified(planned, promised) if verify else None
-    small = operate(plain, planned.plan.edits)
-    moved = moved_parameters(plain, small, planned.plan.edits)
+    promised = Promises.of(promises, source.plain(), inputs)
+    seen = Observation(wide(inputs), promised, verify)
+    options = Options(border, tuple(keep), round_to, promised, rules == "exact+merge")
+    plan, trial = planned(source, seen.inputs, options, seen)
+    error = _verified(seen.expected, trial) if verify else None
+    after = cost(trial, seen.inputs)
+    del trial
+    plain = source.plain()
+    small = operate(plain, plan.edits)
+    moved = moved_parameters(plain, small, plan.edits)
     old = {n.removesuffix("_orig"): p for n, p in model.named_parameters()}
     new = dict(small.named_parameters())
-    before, after = (cost(m, planned.inputs) for m in (planned.before, planned.after))
-    sizes = [sum(t.numel() * t.element_size() for t in _stored(m)) for m in (plain, small)]
+    sizes = [sum(t.numel() * t.element_size() for t in stored(m)) for m in (plain, small)]
     _copy_modes(model, small)
     report = MinimizeReport(
-        before.parameters,
+        seen.cost.parameters,
         after.parameters,
         sizes[0],
         sizes[1],
-        before.macs,
+        seen.cost.macs,
         after.macs,
         error,
-        planned.plan,
+        plan,
         moved,
         track(old, new, moved),
         [weakref.ref(p) for name, p in old.items() if name not in moved],
@@ -288,17 +186,9 @@ def _copy_modes(model: nn.Module, small: nn.Module) -> None:
         module.training = modes[name]
 
 
-def _stored(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-
-
-def _verified(planned: _Planned, promises: Promises) -> float:
+def _verified(expected: Sequence[Reference], small: nn.Module) -> float:
     """The largest error over the example and random inputs that keep the promises."""
-    worst = 0.0
-    drawn = [promises.kept(planned.before, inputs) for inputs in draws(planned.inputs, 2)]
-    for inputs in (planned.inputs, *drawn):
-        worst = max(worst, difference(planned.before, planned.after, inputs))
+    worst = max(difference(reference, small) for reference in expected)
     if not worst <= TOLERANCE:
         raise MinimizeError(
             f"sapwood.minimize: the minimized network must compute the same to {TOLERANCE:.0e} "
@@ -319,27 +209,3 @@ def _check_keep(model: nn.Module, keep: Sequence[str]) -> None:
     for name in keep:
         if name not in names:
             _check.fail(ValueError, "minimize", "keep", "name modules of the model", repr(name))
-
-
-@contextmanager
-def _evaluating(model: nn.Module, force: bool) -> Iterator[None]:
-    """Evaluation mode in the block; modes are restored module by module."""
-    if not model.training:
-        yield
-        return
-    if not force:
-        _check.fail(
-            ValueError,
-            "minimize",
-            "model",
-            "be in evaluation mode, where BatchNorm and dropout are fixed functions "
-            "(or pass force_eval=True)",
-            "a model in training mode",
-        )
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from sapwood.minimize._promises import Promises
 from sapwood.minimize._trace import Inputs
+from sapwood.minimize.report import Cost, cost
 
-__all__ = ["TOLERANCE", "difference", "draws"]
+__all__ = ["TOLERANCE", "Observation", "Reference", "difference", "draws"]
 
 #: Largest difference in float64, relative to the largest output or to 1.
 TOLERANCE = 1e-9
 
 
-def difference(one: nn.Module, other: nn.Module, inputs: Inputs) -> float:
-    """The largest |difference| of two float64 models over max(1, the largest |output|).
+@dataclass(frozen=True)
+class Reference:
+    """What a float64 model computes from some inputs; the model itself is not needed any more."""
+
+    inputs: Inputs
+    outputs: list[Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Inputs) -> Reference:
+        """Runs the model."""
+        return cls(inputs, _outputs(model, inputs))
+
+
+def difference(expected: Reference, model: nn.Module) -> float:
+    """The largest |difference| of a float64 model's outputs over max(1, the largest |output|).
 
     Outputs that are not floating point must be equal. NaN and infinities must stand at the same
     places.
     """
-    with torch.no_grad():
-        first, second = (_outputs(model, inputs) for model in (one, other))
+    first, second = expected.outputs, _outputs(model, expected.inputs)
     if len(first) != len(second):
         return float("inf")
     return max((_distance(a, b) for a, b in zip(first, second, strict=True)), default=0.0)
@@ -33,7 +48,7 @@ def difference(one: nn.Module, other: nn.Module, inputs: Inputs) -> float:
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
     # A model may change its inputs in place.
     fresh = inputs.map(lambda t: t.clone())
-    with torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # dropout that is left in training mode
         output = model(*fresh.args, **fresh.kwargs)
     return [x for x in _pytree.tree_leaves(output) if x is not None]
@@ -69,3 +84,26 @@ def draws(inputs: Inputs, count: int, seed: int = 0) -> Iterator[Inputs]:
 
     for _ in range(count):
         yield inputs.map(draw)
+
+
+class Observation:
+    """What report and verification need of the float64 model, taken while it exists.
+
+    Args:
+        inputs: the example.
+        promises: kept by the random inputs too.
+        verify: run the model at all.
+    """
+
+    cost: Cost
+
+    def __init__(self, inputs: Inputs, promises: Promises, verify: bool) -> None:
+        self.inputs, self.expected = inputs, list[Reference]()
+        self._promises, self._verify = promises, verify
+
+    def __call__(self, exact: nn.Module) -> None:
+        """Counts the model, and runs it on the example and on two random inputs."""
+        self.cost = cost(exact, self.inputs)
+        if self._verify:
+            drawn = [self._promises.kept(exact, inputs) for inputs in draws(self.inputs, 2)]
+            self.expected = [Reference.of(exact, inputs) for inputs in (self.inputs, *drawn)]

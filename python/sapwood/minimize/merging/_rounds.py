@@ -13,7 +13,7 @@ from sapwood.minimize.merging._chains import idle_units, products
 from sapwood.minimize.merging._units import merges
 from sapwood.minimize.plan import Refusal
 from sapwood.minimize.surgery import operate
-from sapwood.minimize.verify import TOLERANCE, difference, draws
+from sapwood.minimize.verify import TOLERANCE, Reference, difference, draws
 
 __all__ = ["Merged", "merged"]
 
@@ -54,7 +54,7 @@ class _GivenUp:
 def merged(model: nn.Module, inputs: Inputs, options: Options) -> Merged:
     """Merges units of a plain float64 model in evaluation mode; the model is not changed."""
     drawn = [options.promises.kept(model, fresh) for fresh in draws(inputs, 2)]
-    trials = [inputs, *drawn]
+    expected = [Reference.of(model, trial) for trial in (inputs, *drawn)]
     current, edits = model, list[Edit]()
     given_up = _GivenUp({}, {}, {})
     while True:
@@ -63,7 +63,7 @@ def merged(model: nn.Module, inputs: Inputs, options: Options) -> Merged:
             found, refusals = _next(current, trace, outcome, given_up)
         if not found:
             return Merged(current, outcome, edits, [*refusals, *given_up.refusals()])
-        taken = _taken(model, current, found, trials, given_up)
+        taken = _taken(current, found, expected, given_up)
         if taken:
             current = operate(current, taken).requires_grad_(True)
             edits += taken
@@ -79,30 +79,26 @@ def _next(
 
 
 def _taken(
-    model: nn.Module,
-    current: nn.Module,
-    found: list[Edit],
-    trials: list[Inputs],
-    given_up: _GivenUp,
+    current: nn.Module, found: list[Edit], expected: list[Reference], given_up: _GivenUp
 ) -> list[Edit]:
     """The edits in front of the first one that fails, which is given up; mostly all of them.
 
     Those behind may build on it, and are found anew where they do not.
     """
-    if _problem(model, operate(current, found), trials) is None:
+    if _problem(expected, operate(current, found)) is None:
         return found
     for count, edit in enumerate(found):
-        problem = _problem(model, operate(current, found[: count + 1]), trials)
+        problem = _problem(expected, operate(current, found[: count + 1]))
         if problem is not None:
             given_up.add(edit, problem)
             return found[:count]
     return found
 
 
-def _problem(before: nn.Module, after: nn.Module, trials: list[Inputs]) -> str | None:
+def _problem(expected: list[Reference], changed: nn.Module) -> str | None:
     """What is wrong with the changed network, if anything."""
     try:
-        worst = max(difference(before, after, inputs) for inputs in trials)
+        worst = max(difference(reference, changed) for reference in expected)
     except Exception as failure:
         lines = str(failure).splitlines() or [type(failure).__name__]
         return f"the model's code does not follow ({lines[0]})"

@@ -54,11 +54,11 @@ def channel_view(step: Step, facts: Facts, axis: int) -> ChannelView:
 
 def row_kinds(connected: Tensor, kinds: Tensor) -> Tensor:
     """(..., out): the largest kind among the inputs that each output reads; CONSTANT for none."""
-    weights = connected.double().T  # (in, out)
+    weights = connected.float().T  # (in, out); a sum of ones is positive however it is rounded
     spread = kinds.expand(*kinds.shape[:-1], connected.shape[1])
     result = torch.zeros(*kinds.shape[:-1], connected.shape[0], dtype=torch.uint8)
     for level in range(CONSTANT + 1, LIVE + 1):
-        read = ((spread == level).double() @ weights) > 0
+        read = ((spread == level).float() @ weights) > 0
         result = torch.where(read, level, result).to(torch.uint8)
     return result
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sapwood.minimize._masks import duplicate
+from sapwood.minimize._masks import duplicate, separate
 from sapwood.minimize.layers import Edit
 from sapwood.minimize.modules import (
     AppendOnes,
@@ -56,23 +56,51 @@ _ORDER = (
 )
 
 
-def operate(source: nn.Module, edits: Iterable[Edit]) -> nn.Module:
-    """A copy of a plain model with all edits made; sums run in float64 and are rounded once."""
+def operate(source: nn.Module, edits: Iterable[Edit], *, consume: bool = False) -> nn.Module:
+    """A copy of a plain model with all edits made; sums run in float64 and are rounded once.
+
+    Args:
+        source: the model; unless consumed it is not changed, and shares no numbers with the result.
+        edits: the steps of a plan.
+        consume: the result takes over what no step changes, and ``source`` loses each parameter
+            once no step reads it any more, so that both need hardly more memory than one.
+    """
     edits = list(edits)
-    prepared = [edit for edit in edits if edit["op"] in _PREPARING]
-    types: dict[str, torch.dtype] = {}
-    if prepared:
-        source = duplicate(source)
-        types = widened(source, prepared)
-        for edit in prepared:
-            _PREPARING[edit["op"]](source, edit)
-    target = duplicate(source)
+    preparing = [edit for edit in edits if edit["op"] in _PREPARING]
     others = [edit for edit in edits if edit["op"] not in _PREPARING]
-    for edit in sorted(others, key=lambda edit: _ORDER.index(edit["op"])):
-        _OPERATIONS[edit["op"]](source, target, edit)
+    others.sort(key=lambda edit: _ORDER.index(edit["op"]))
+    whole, target = source, duplicate(source, source.parameters())
+    types = widened(target, preparing)
+    for edit in preparing:
+        _PREPARING[edit["op"]](target, edit)
+    if preparing and others:
+        whole, target = target, duplicate(target, target.parameters())
+    if consume and whole is not source:
+        _forget(source, [])
+    while others:
+        if consume:
+            _forget(whole, others)
+        operation = others[0]["op"]
+        while others and others[0]["op"] == operation:
+            _OPERATIONS[operation](whole, target, others.pop(0))
     narrowed(target, types)
     guard_fast_paths(target)
+    if consume:
+        _forget(whole, [])
+    else:
+        separate(target, source)
     return target
+
+
+def _forget(model: nn.Module, edits: list[Edit]) -> None:
+    """Empties all parameters but those of the modules that the edits read.
+
+    Emptied rather than removed, since a trace that waits for the garbage collector holds them too.
+    """
+    read = {edit[key] for edit in edits for key in ("module", "norm") if key in edit}
+    kept = {parameter for path in read for parameter in model.get_submodule(path).parameters()}
+    for parameter in set(model.parameters()) - kept:
+        parameter.data = parameter.new_empty(0)
 
 
 def _fold(source: nn.Module, target: nn.Module, edit: Edit) -> None:
