@@ -175,6 +175,28 @@ def _minimized_perceptrons() -> list[bytes]:
     ]
 
 
+class Residual(nn.Module):
+    """A branch that reads and writes few channels of a stream, once it is minimized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.branch, self.head = nn.Linear(3, 12), nn.Linear(12, 12), nn.Linear(12, 2)
+        self.branch.weight.data[3:].zero_()
+        self.branch.weight.data[:, 3:].zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        result: Tensor = self.head(y + self.branch(y))
+        return result
+
+
+def _minimized_residuals() -> list[bytes]:
+    small, report = minimize(Residual().eval(), torch.randn(1, 3))
+    assert len(small.branch) == 3  # type: ignore[arg-type]
+    return [saved(lambda path: save_minimized(small, path, report=report))]
+
+
 def _minimize_plans() -> list[bytes]:
     return [analyze(_cut(network()), torch.randn(1, 5)).to_json().encode()]
 
@@ -274,6 +296,7 @@ READERS: dict[str, Reader] = {
         Reader(
             "minimized_perceptron", lambda p: load_minimized(p, network), _minimized_perceptrons
         ),
+        Reader("minimized_residual", lambda p: load_minimized(p, Residual), _minimized_residuals),
         Reader("minimize_plan", lambda p: Plan.from_json(p.read_text("utf-8")), _minimize_plans),
         Reader(
             "squeeze_release_state",
