@@ -41,7 +41,7 @@ def fastest(case: MaskedMatmulCase, providers: Sequence[str]) -> dict[str, float
 
 
 def forward() -> Iterator[Point]:
-    """Specification 7, 8, 9: inference against the premultiplied dense weight."""
+    """Inference against the premultiplied dense weight."""
     for number, sparsity, batch, provider, target in (
         ("7", 0.9, 1, "sapwood", 4.0),
         ("7", 0.9, 64, "sapwood", 5.0),
@@ -91,7 +91,7 @@ def alone() -> Iterator[Point]:
 
 
 def dispatch(quick: bool = False) -> Iterator[Point]:
-    """Specification 10: automatic choice is never slower than dense by more than 3 % or 5 us."""
+    """Automatic choice is never slower than dense by more than 3 % or 5 us."""
     results = list(sweep.run(quick=quick))
     for label, group in (
         ("sparse", [r for r in results if r.format != "dense"]),
@@ -115,7 +115,7 @@ def dispatch(quick: bool = False) -> Iterator[Point]:
 
 
 def backward() -> Iterator[Point]:
-    """Specification 11: both gradients of the packed path."""
+    """Both gradients of the packed path."""
     for op, label, target in (
         ("packed_linear_grad_input", "dX", 4.0),
         ("sampled_matmul", "sampled_matmul", 3.0),
@@ -126,7 +126,7 @@ def backward() -> Iterator[Point]:
 
 
 def packing() -> Iterator[Point]:
-    """Specification 12, first half: packing 2048 x 2048, median."""
+    """Packing 2048 x 2048, median."""
     for sparsity in (0.5, 0.9):
         case = MaskedMatmulCase("pack_sparse", SIDE, SIDE, 1, sparsity)
         calls = {name: case.build(name) for name in ("csr", "bitmap", "sell")}
@@ -136,7 +136,7 @@ def packing() -> Iterator[Point]:
 
 
 def training() -> Iterator[Point]:
-    """Specification 12, second half, and the training step of the issue: s = 0.9, batch 256."""
+    """Conversion and a training step: s = 0.9, batch 256."""
     case = MaskedMatmulCase("masked_matmul", SIDE, SIDE, 256, 0.9)
     times = fastest(case, ("masked_dense", "sapwood", "sparse_linear"))
     base = times["masked_dense"]
@@ -175,7 +175,7 @@ def kept_alive(weight: Tensor, forward: Callable[[Tensor], Tensor]) -> int:
 
 
 def memory() -> Iterator[Point]:
-    """Specification 13: bytes of a packed weight against the dense one."""
+    """Bytes of a packed weight against the dense one."""
     for sparsity, target in ((0.5, 0.54), (0.9, 0.16)):
         p = problem_of(MaskedMatmulCase("pack_sparse", SIDE, SIDE, 1, sparsity))
         packed = sapwood.ops.pack_sparse(p.weight, p.mask, keep="memory")
@@ -191,7 +191,7 @@ def memory() -> Iterator[Point]:
 
 
 def scaling() -> Iterator[Point]:
-    """The issue: two threads gain 1.6x on one wherever dense does."""
+    """Two threads gain 1.6x on one wherever dense does."""
     seconds: dict[int, dict[tuple[float, int], dict[str, float]]] = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)

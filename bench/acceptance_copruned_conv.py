@@ -63,7 +63,7 @@ def point(name: str, target: float, case: ConvCase, rounds: int) -> Point:
 
 
 def main_points(rounds: int) -> Iterator[Point]:
-    """Specification 9: 70 % of the work cut, by regions and jointly."""
+    """70 % of the work cut, by regions and jointly."""
     for name, case in (("regions", MAIN), ("joint", replace(MAIN, keep=0.6, filters_kept=0.5))):
         ratio, note = versus_dense(case, rounds)
         yield Point(f"9 70 % cut, {name}", 2.3, ratio, note=note)
@@ -71,7 +71,7 @@ def main_points(rounds: int) -> Iterator[Point]:
 
 
 def shapes(rounds: int) -> Iterator[Point]:
-    """Specification 10 and 11: other cuts, batch 1, small tiles, more channels."""
+    """Other cuts, batch 1, small tiles, more channels."""
     yield point("10 50 % cut", 1.6, replace(MAIN, keep=0.5), rounds)
     yield point("10 85 % cut", 4.2, replace(MAIN, keep=0.15), rounds)
     yield point("10 batch 1, 70 %", 2.1, replace(MAIN, batch=1), 4 * rounds)
@@ -81,7 +81,7 @@ def shapes(rounds: int) -> Iterator[Point]:
 
 
 def stacked(rounds: int) -> Iterator[Point]:
-    """Specification 11: the second of two layers, half of the groups on both sides."""
+    """The second of two layers, half of the groups on both sides."""
     p = problem_of(MAIN)
     groups = torch.rand(8, 1, 4, generator=torch.Generator().manual_seed(2))
     half = sapwood.ops.tile_mask(groups, keep=0.5)[:, 0]
@@ -105,14 +105,14 @@ def stacked(rounds: int) -> Iterator[Point]:
 
 
 def curve(rounds: int) -> Iterator[Point]:
-    """The issue: never below 0.95x of dense, whatever is cut."""
+    """Never below 0.95x of dense, whatever is cut."""
     for cut in (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
         ratio, note = versus_dense(replace(MAIN, keep=1 - cut), rounds)
         yield Point(f"curve, {cut:.0%} cut", 0.95, ratio, note=note)
 
 
 def others(rounds: int) -> Iterator[Point]:
-    """Specification 12 and 13: nothing cut, depthwise, the LSTM step."""
+    """Nothing cut, depthwise, the LSTM step."""
     ratio, note = versus_dense(replace(MAIN, keep=1.0), 2 * rounds)
     yield Point("12 all kept, time / dense", 1.05, 1 / ratio, note=note, at_least=False)
     deep = ConvCase("copruned_depthwise_conv2d", 8, 128, 128, 56, 7, 0.3)
@@ -122,7 +122,7 @@ def others(rounds: int) -> Iterator[Point]:
 
 
 def backward(rounds: int) -> Iterator[Point]:
-    """Specification 14: gradients of input and weight."""
+    """Gradients of input and weight."""
     case = replace(MAIN, op="copruned_conv2d_backward")
     yield point("14 backward, 70 %", 1.8, case, rounds)
     joint = replace(case, keep=0.6, filters_kept=0.5)
@@ -130,7 +130,7 @@ def backward(rounds: int) -> Iterator[Point]:
 
 
 def memory(rounds: int) -> Iterator[Point]:
-    """Specification 15: memory beyond inputs, result and list; one thread."""
+    """Memory beyond inputs, result and list; one thread."""
     for name in CHILDREN:
         extra = extra_in_child(name)
         yield Point(f"15 extra memory, {name}", 1.05, extra, unit=" MB", at_least=False)

@@ -67,7 +67,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def gates(request: Request) -> Iterator[Point]:
-    """Issue 3, specification 16 and 17: PSNR by number and by steps, all from the start."""
+    """PSNR by number and by steps, all from the start."""
     crop = request.crop()
     for n, target in ((1000, None), (2500, 36.0), (5000, 40.0), (10_000, None)):
         result = fit_image(crop, n, steps=1000, densify="none")
@@ -80,7 +80,7 @@ def gates(request: Request) -> Iterator[Point]:
 
 
 def init(request: Request) -> Iterator[Point]:
-    """Specification 17: positions by gradient against uniform ones."""
+    """Positions by gradient against uniform ones."""
     crop, means = request.crop(), {}
     for name in ("gradient", "uniform"):
         options: dict[str, Any] = {"steps": 1000, "densify": "none", "init": name}
@@ -92,7 +92,7 @@ def init(request: Request) -> Iterator[Point]:
 
 
 def growth(request: Request) -> Iterator[Point]:
-    """Issue 5, specification 18: densification at equal final number and steps."""
+    """Densification at equal final number and steps."""
     for photo in request.photos:
         crop, means = request.crop(photo), {}
         for name in ("none", "error", "split"):
@@ -110,7 +110,7 @@ def growth(request: Request) -> Iterator[Point]:
 
 
 def full(request: Request) -> Iterator[Point]:
-    """Issue 3: whole photos, 10 000 Gaussians."""
+    """Whole photos, 10 000 Gaussians."""
     for photo in request.photos:
         result = fit_image(request.photo(photo), 10_000, steps=3000)
         yield figure(f"{photo}, 768 x 512, 10000 Gaussians", result.psnr, note=told(result))
@@ -118,7 +118,7 @@ def full(request: Request) -> Iterator[Point]:
 
 
 def events(request: Request) -> Iterator[Point]:
-    """Specification 19: what growing does to the picture at the step itself, and 30 steps on."""
+    """What growing does to the picture at the step itself, and 30 steps on."""
     for densify in ("split", "error"):
         for mode in ("sum", "norm"):
             worst, late = _events(request.crop(), densify, mode)
@@ -170,7 +170,7 @@ def _settings(**changes: Any) -> Settings:
 
 
 def batch(request: Request) -> Iterator[Point]:
-    """Specification 20: eight crops of 128 x 128 at once and one by one."""
+    """Eight crops of 128 x 128 at once and one by one."""
     photo = request.photo()
     crops = [photo[:, y : y + 128, x : x + 128] for y in (0, 256) for x in (0, 160, 320, 480)]
     start = time.perf_counter()
@@ -188,7 +188,7 @@ def batch(request: Request) -> Iterator[Point]:
 
 
 def files(request: Request) -> Iterator[Point]:
-    """Specification 21: a 16-bit file of a fit of about 40 dB."""
+    """A 16-bit file of a fit of about 40 dB."""
     crop = request.crop()
     result = fit_image(crop, 5000, steps=700, densify="none")
     with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +202,7 @@ def files(request: Request) -> Iterator[Point]:
 
 @torch.no_grad()
 def step(request: Request) -> Iterator[Point]:
-    """Specification 15: a step against its two kernels, 256 x 256, 2500 Gaussians."""
+    """A step against its two kernels, 256 x 256, 2500 Gaussians."""
     optimiser = Optimiser(request.crop()[None], _settings())
     for k in range(30):
         optimiser.descend(k, optimiser.draw())

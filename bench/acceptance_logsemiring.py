@@ -66,7 +66,7 @@ def cube(side: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
 
 
 def broadcast() -> Iterator[Point]:
-    """Specification 14: 256^3 forward and backward against the broadcast form."""
+    """256^3 forward and backward against the broadcast form."""
     case = LogsemiringCase("log_matmul_grad", 1, 256, 256, 256)
     times = compared(case, "broadcast", "sapwood", rounds=5)
     note = f"broadcast {times['broadcast'] * 1e3:.0f} ms, sapwood {times['sapwood'] * 1e3:.2f} ms"
@@ -76,7 +76,7 @@ def broadcast() -> Iterator[Point]:
 
 
 def product() -> Iterator[Point]:
-    """Specification 15: 512^3 against torch.mm."""
+    """512^3 against torch.mm."""
     a, b = cube(512)
     x, y = (t.clone().requires_grad_() for t in (a, b))
 
@@ -92,12 +92,12 @@ def product() -> Iterator[Point]:
         at_least=False,
         note=note,
     )
-    yield Point("15   the aim of the issue", 1.3, times["forward"] / times["mm"], at_least=False)
+    yield Point("15   the further aim", 1.3, times["forward"] / times["mm"], at_least=False)
     yield Point("15 512^3 both passes / torch.mm", 6.0, times["both"] / times["mm"], at_least=False)
 
 
 def exact() -> Iterator[Point]:
-    """Specification 16: terms per second of the exact kernels on one thread."""
+    """Terms per second of the exact kernels on one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     (a, b), (c, d) = cube(256), cube(256, 1e4)
@@ -118,7 +118,7 @@ def exact() -> Iterator[Point]:
 
 
 def small() -> Iterator[Point]:
-    """Specification 17: small batches, and the overhead of a call."""
+    """Small batches, and the overhead of a call."""
     times = compared(LogsemiringCase("log_matmul", 256, 10, 10, 19), "uncertified", "sapwood")
     ratio = times["sapwood"] / times["uncertified"]
     yield Point("17 256x(10x10x19) / uncertified trick", 0.6, ratio, at_least=False)
@@ -132,7 +132,7 @@ def small() -> Iterator[Point]:
 
 
 def scan() -> Iterator[Point]:
-    """Specification 18: log_scan against a loop of torch.logsumexp."""
+    """Log_scan against a loop of torch.logsumexp."""
     times = compared(LogsemiringCase("log_scan", 32, 64, 2, 2), "loop", "sapwood")
     yield Point("18 log_scan B=32 L=64 k=2, both passes", 20, times["loop"] / times["sapwood"])
 
@@ -157,7 +157,7 @@ def obvious() -> Iterator[Point]:
 
 
 def accuracy() -> Iterator[Point]:
-    """Specification 1 and 8: the error as a share of what is allowed."""
+    """The error as a share of what is allowed."""
     for scale in (1.0, 30.0, 100.0, 1e4):
         a, b = cube(256, scale)
         want = torch.cat(
@@ -193,7 +193,7 @@ print((read("VmHWM:") - before) / 1024)
 
 
 def memory() -> Iterator[Point]:
-    """Specification 20: output, two gradients, one M x N and 64 MiB, 5 % more."""
+    """Output, two gradients, one M x N and 64 MiB, 5 % more."""
     for side, note in ((512, "the broadcast form's joint: 512 MiB"), (4096, "the joint: 256 GiB")):
         command = [sys.executable, "-c", PEAK, str(side)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)

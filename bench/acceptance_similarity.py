@@ -70,7 +70,7 @@ def exact_pairs(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 
 def pairs(rounds: int) -> Iterator[Point]:
-    """Specification 2 and 10: 20 000 rows, threshold 0.9."""
+    """20 000 rows, threshold 0.9."""
     x = rows_of(N, D)
     found = sapwood.ops.similarity_pairs(x, threshold=THRESHOLD)
     sure, near = exact_pairs(x, THRESHOLD)
@@ -115,7 +115,7 @@ def pairs(rounds: int) -> Iterator[Point]:
 
 
 def memory(rounds: int) -> Iterator[Point]:
-    """Specification 10 and 12: memory beyond inputs and results."""
+    """Memory beyond inputs and results."""
     for name in ("pairs", "topk"):
         yield Point(
             f"10 extra memory, {name}",
@@ -127,7 +127,7 @@ def memory(rounds: int) -> Iterator[Point]:
 
 
 def dense(rounds: int) -> Iterator[Point]:
-    """Specification 11: a threshold that keeps 5 % of the pairs."""
+    """A threshold that keeps 5 % of the pairs."""
     n = 8000
     x = rows_of(n, D)
     unit = torch.nn.functional.normalize(x)
@@ -156,7 +156,7 @@ def dense(rounds: int) -> Iterator[Point]:
 
 
 def topk(rounds: int) -> Iterator[Point]:
-    """Specification 3 and 12: the ten best of 20 000."""
+    """The ten best of 20 000."""
     x = rows_of(N, D)
     unit = torch.nn.functional.normalize(x)
 
@@ -188,14 +188,14 @@ def topk(rounds: int) -> Iterator[Point]:
 
 
 def scale(rounds: int) -> Iterator[Point]:
-    """The issue: 100 000 rows, the ten best, in bounded memory."""
+    """100 000 rows, the ten best, in bounded memory."""
     x = rows_of(100_000, D)
     start = time.perf_counter()
     sapwood.ops.similarity_topk(x, 10)
     seconds = time.perf_counter() - start
     extra = peak_in_child("topk", 100_000, D).extra
     yield Point(
-        "issue 1: top 10 of 100 000, extra memory",
+        "top 10 of 100 000, extra memory",
         512.0,
         extra,
         unit=" MB",
@@ -205,7 +205,7 @@ def scale(rounds: int) -> Iterator[Point]:
 
 
 def matrices(rounds: int) -> Iterator[Point]:
-    """Specification 13: small matrices."""
+    """Small matrices."""
     for n in (300, 1000):
         x = rows_of(n, D)
 
@@ -233,7 +233,7 @@ def matrices(rounds: int) -> Iterator[Point]:
 
 
 def cka(rounds: int) -> Iterator[Point]:
-    """Specification 14: linear CKA against its three products."""
+    """Linear CKA against its three products."""
     x, y = torch.randn(50_000, 512), torch.randn(50_000, 512)
     times = fastest(
         {
@@ -253,7 +253,7 @@ def cka(rounds: int) -> Iterator[Point]:
 
 
 def clusters(rounds: int) -> Iterator[Point]:
-    """Specification 15: clusters cost what the pairs cost."""
+    """Clusters cost what the pairs cost."""
     x = rows_of(50_000, 128)
     times = fastest(
         {

@@ -102,7 +102,7 @@ def fastest(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def speed(rounds: int) -> Iterator[Point]:
-    """Specification 9, 10 and 11: nanoseconds per pair against those of an exponential."""
+    """Nanoseconds per pair against those of an exponential."""
     x = torch.empty(2**24).uniform_(-5.55, 0.0, generator=torch.Generator().manual_seed(0))
     y = torch.zeros_like(x)  # zeros, not empty: every page is touched
     problems = {name: problem(*sizes) for name, sizes in SCENES.items()}
@@ -141,7 +141,7 @@ def one_by_one(problems: Sequence[Problem]) -> None:
 
 
 def batch(rounds: int) -> Iterator[Point]:
-    """Specification 12: one call for a batch against a call per item."""
+    """One call for a batch against a call per item."""
     for name, sizes, target in (
         ("S4", SCENES["S4"], 0.9),
         ("64 items of 32x32, N = 60", (64, 32, 32, 60), 0.5),
@@ -177,7 +177,7 @@ def dense(mu: Tensor, chol: Tensor, feat: Tensor, height: int, width: int) -> Te
 
 
 def oracle(rounds: int) -> Iterator[Point]:
-    """Specification 13: against dense torch, forward and backward."""
+    """Against dense torch, forward and backward."""
     p = problem(1, 128, 128, 500)
     mu, chol, feat = leaves = [t[0].clone().requires_grad_() for t in (p.mu, p.chol, p.feat)]
 
@@ -194,7 +194,7 @@ def oracle(rounds: int) -> Iterator[Point]:
 
 
 def threads(rounds: int) -> Iterator[Point]:
-    """Specification 13: two threads on two idle cores."""
+    """Two threads on two idle cores."""
     before = torch.get_num_threads()
     p = problem(*SCENES["S3"])
     best = {1: float("inf"), 2: float("inf")}
@@ -214,7 +214,7 @@ def threads(rounds: int) -> Iterator[Point]:
 
 
 def memory(rounds: int) -> Iterator[Point]:
-    """Specification 14: what a call needs beside inputs and results, and that it grows linearly."""
+    """What a call needs beside inputs and results, and that it grows linearly."""
     for what in ("forward", "backward"):
         found = {}
         for side, n in ((1024, 40_000), (2048, 40_000), (1024, 160_000)):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from sapwood.minimize import minimize
 from sapwood.models import ConvNeXt
 
-#: Specification, section 4.
+#: What we aim at.
 SECONDS, RATIO = 60.0, 3.0
 CALLS = ("first call", "later call")
 

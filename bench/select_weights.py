@@ -29,7 +29,7 @@ from sapwood.pruning import MaskSet, select
 
 PARTS = 8
 KINDS = ("continuous", "ties", "half off", "absolute")
-#: Specification, section 4: time over that of kthvalue and of sort.
+#: What we aim at: time over that of kthvalue and of sort.
 FLOORS = {"kthvalue": 0.7, "sort": 0.15}
 #: Extra MiB of a call; from LARGE elements on, the whole peak over the size of the scores instead.
 EXTRA_MIB, PEAK_RATIO, LARGE = 64.0, 1.3, 5 * 10**7

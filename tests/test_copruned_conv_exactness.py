@@ -59,7 +59,7 @@ def region(kind: str, shape: tuple[int, int, int], g: torch.Generator) -> Tensor
 
 
 def problem(seed: int) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
-    """Everything of the specification drawn at random; float64."""
+    """Everything drawn at random; float64."""
     draw, g = random.Random(seed), torch.Generator().manual_seed(seed)
     while True:
         kernel, dilation = draw.choice(KERNELS), draw.choice((1, 2, 3))

@@ -280,7 +280,7 @@ def test_refusals(kwargs: dict[str, Any], message: str) -> None:
 
 
 def test_digits_shrink_threefold() -> None:
-    """The point of the specification for CI: at least 3x, within 1.5 points, in seconds."""
+    """At least 3x, within 1.5 points, in seconds."""
     pytest.importorskip("sklearn")
     data = load_digits()
     torch.manual_seed(0)
