@@ -18,7 +18,7 @@ from sapwood.minimize import (
     remap_optimizer,
     save,
 )
-from tests.minimize.planting import Net, dead, kept, minimized, prepared, random, unread
+from tests.minimize.planting import Net, dead, kept, minimized, prepared, random, refusals, unread
 
 WIDTH = 16
 
@@ -165,6 +165,30 @@ def test_a_weight_that_is_used_without_its_module_stays() -> None:
         unread(model.branch, channel)
     small, _ = minimized(model, random(5, 4))
     assert type(small.branch) is nn.Linear
+
+
+def test_code_that_looks_at_its_layers_keeps_them() -> None:
+    """As T5 asks for the dtype of a layer's weight: the others are narrowed all the same."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.stem(x)
+        z = torch.relu(m.up(y)).to(m.down.weight.dtype)
+        return m.head(y + m.down(z) + m.other(y))
+
+    layers = {"stem": nn.Linear(4, WIDTH), "up": nn.Linear(WIDTH, 20)}
+    layers |= {"down": nn.Linear(20, WIDTH), "other": nn.Linear(WIDTH, WIDTH)}
+    model = prepared(Net(forward, **layers, head=nn.Linear(WIDTH, 3)))
+    for channel in range(2, WIDTH):
+        dead(model.down, channel)
+        dead(model.other, channel)
+    unread(model.down, 4)
+    small, report = minimized(model, random(5, 4))
+    assert type(small.down) is nn.Linear
+    assert small.up.out_features == 19
+    assert isinstance(small.other[1], OutputScatter)
+    expected = "down: left alone: not narrowed: the model's code does not follow"
+    assert expected in refusals(report)
+    assert "other" not in refusals(report)
 
 
 def test_moments_follow_weight_and_bias() -> None:

@@ -46,7 +46,10 @@ Balance = Callable[[Callable[[Tensor], Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller asked for."""
+    """What the caller asked for, and what trials have shown not to work.
+
+    ``refused``: group -> why it keeps its width; ``alone``: layer -> why nothing is put around it.
+    """
 
     border: str = "table"
     keep: tuple[str, ...] = ()
@@ -54,6 +57,7 @@ class Options:
     promises: Promises = field(default_factory=Promises)
     merge: bool = False
     refused: dict[str, str] = field(default_factory=dict)
+    alone: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,13 @@ class Analysis:
             return behind(self.model.get_submodule(path))
         except AttributeError:
             return None
+
+    def may_surround(self, step: Step, path: str) -> bool:
+        """Whether modules may be put around a layer: it is called as a module, and trials agree."""
+        if path in self.options.alone:
+            self.notes.setdefault(path, f"not narrowed: {self.options.alone[path]}")
+            return False
+        return step.path == path != ""
 
     def slot(self, tensor: str, axis: int, atoms: Tensor) -> None:
         """Cuts an axis of a parameter or buffer with the channels."""

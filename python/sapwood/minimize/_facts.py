@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 #: A lattice. A CONSTANT channel holds the same number at every sample and position, whatever the
-#: size of the input; BY_POSITION is independent of the input but not of the position; BY_SIZE depends
-#: on the size of the input too, so that no number can replace it.
+#: size of the input; BY_POSITION is independent of the input but not of the position; BY_SIZE
+#: depends on the size of the input too, so that no number can replace it.
 CONSTANT, BY_POSITION, BY_SIZE, LIVE = range(4)
 
 #: Two values of one constant, computed at different positions, differ by summation order at most.

@@ -102,9 +102,9 @@ def planned(
     small, problem = _tried(exact, decision, expected)
     if problem is not None:
         del small
-        refused = _culprits(source, found, decision, expected, options)
+        options = _without_culprits(source, found, decision, expected, options)
         exact = source.exact(found.edits.values())
-        decision = _Decision.on(exact, inputs, replace(options, refused=refused))
+        decision = _Decision.on(exact, inputs, options)
         small, problem = _tried(exact, decision, expected)
         if problem is not None:
             raise MinimizeError(f"sapwood.minimize: the rewrite must compute the same: {problem}")
@@ -174,29 +174,34 @@ def _tried(
     return small, None
 
 
-def _culprits(
+def _without_culprits(
     source: Source,
     found: Attentions,
     decision: _Decision,
     expected: Reference,
     options: Options,
-) -> dict[str, str]:
-    """The groups whose removal alone makes the model fail, with the failure.
+) -> Options:
+    """Refuses the groups and the narrow layers that alone make the model fail, with the failure.
 
-    Groups are tried one after the other on top of those that work, so that what fails only
+    They are tried one after the other on top of those that work, so that what fails only
     together is found too.
     """
-    names = [g.name for g in decision.groups if len(g.kept) < g.width]
-    refused = dict.fromkeys(names, "not tried yet")
-    for name in list(refused):
-        del refused[name]
-        trial = replace(options, refused={**options.refused, **refused})
-        exact = source.exact(found.edits.values())
-        chosen = _Decision.on(exact, expected.inputs, trial)
-        _, problem = _tried(exact, chosen, expected)
-        if problem is not None:
-            refused[name] = problem
-    return refused
+    cut = [g.name for g in decision.groups if len(g.kept) < g.width]
+    narrow = [edit["module"] for edit in decision.edits if edit["op"] in ("select", "scatter")]
+    refused, alone = (dict.fromkeys(names, "not tried yet") for names in (cut, narrow))
+
+    def refusing() -> Options:
+        return replace(options, refused={**options.refused, **refused}, alone=dict(alone))
+
+    for reasons in (refused, alone):
+        for name in list(reasons):
+            del reasons[name]
+            exact = source.exact(found.edits.values())
+            chosen = _Decision.on(exact, expected.inputs, refusing())
+            _, problem = _tried(exact, chosen, expected)
+            if problem is not None:
+                reasons[name] = problem
+    return refusing()
 
 
 @contextmanager

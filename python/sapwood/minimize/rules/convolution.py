@@ -147,7 +147,7 @@ def _dense(step: Step, conv: _Convolution, path: str) -> Facts:
 def _channel_axis(step: Step, conv: _Convolution, path: str) -> int | None:
     """Where modules may be put around the layer: the axis of its channels, from the end."""
     plain = type(step.analysis.module(path)) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return 1 - conv.weight.ndim if plain and step.path == path != "" else None
+    return 1 - conv.weight.ndim if plain and step.analysis.may_surround(step, path) else None
 
 
 def _output(

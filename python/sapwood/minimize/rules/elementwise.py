@@ -45,6 +45,11 @@ def pointwise(step: Step) -> Any:
     return result
 
 
+@rule("aten._assert_tensor_metadata.default")
+def assertion(step: Step) -> None:
+    """What ``torch.export`` notes of a tensor in front of a conversion; it computes nothing."""
+
+
 @rule("aten.mul.Tensor", "aten.mul.Scalar")
 def product(step: Step) -> Facts:
     """As every gate, but an exact zero makes the product zero whatever the other factor does."""

@@ -113,7 +113,7 @@ def linear(step: Step) -> Any:
         connected,
         foldable,
         view.constants,
-        axis=-1 if plain and step.path == path != "" else None,
+        axis=-1 if plain and analysis.may_surround(step, path) else None,
     )
     analysis.layers.append(layer)
     if plain:
