@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sapwood.minimize import InputSelect, OutputScatter
 from sapwood.models import ResNet, build
 from sapwood.models.vit import Attention
 from sapwood.pruning import (
@@ -194,6 +195,32 @@ def test_embeddings_write_a_stream_and_shared_heads_are_followed() -> None:
     shared, back = found["shared.weight"], found["back.weight"]
     assert torch.equal(shared.reads, back.writes)
     assert torch.equal(back.reads, shared.writes.repeat_interleave(2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_narrow_layers_meet_the_channels_of_the_stream(bias: bool) -> None:
+    """Layers that read or write few channels of a stream, as minimization leaves them."""
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
+            select, layer = InputSelect(torch.tensor([1, 4])), nn.Linear(2, 3, bias=False)
+            scatter = OutputScatter(torch.tensor([5, 0, 2]), 6, bias=bias)
+            self.branch = nn.Sequential(select, layer, scatter)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            z: Tensor = self.head(y + self.branch(y))
+            return z
+
+    model = Narrow()
+    found = {layer.name: layer for layer in seen(model, seeded(4, 3)).layers}
+    stream = found["stem.weight"].writes
+    assert len(stream.unique()) == 6
+    assert torch.equal(found["branch.1.weight"].reads, stream[[1, 4]])
+    assert torch.equal(found["branch.1.weight"].writes, stream[[5, 0, 2]])
+    assert torch.equal(found["head.weight"].reads, stream)
 
 
 def test_values_are_not_compared_with_queries() -> None:
