@@ -191,6 +191,19 @@ def test_code_that_looks_at_its_layers_keeps_them() -> None:
     assert "other" not in refusals(report)
 
 
+def test_a_hook_sees_the_channels_that_it_saw() -> None:
+    model = writing(linear_stream(), 3, 9)
+    seen: list[torch.Size] = []
+    model.branch[2].register_forward_hook(lambda m, x, y: seen.append(y.shape))
+    small, _ = minimized(model, random(5, 4))
+    assert type(small.branch[2]) is nn.Linear
+    seen.clear()
+    small(random(5, 4))
+    assert seen == [torch.Size([5, WIDTH])]
+    kept_whole, _ = minimized(writing(linear_stream(), 3, 9), random(5, 4), keep=["branch.2"])
+    assert kept_whole.branch[2](random(5, 24)).shape == (5, WIDTH)
+
+
 def test_moments_follow_weight_and_bias() -> None:
     model = writing(linear_stream(), 3, 9)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

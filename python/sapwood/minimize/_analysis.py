@@ -81,7 +81,8 @@ class Analysis:
         self.balances: list[Balance] = []
         self.tails: list[Tail] = []
         self._labels: dict[str, tuple[Tensor, ...]] = {}
-        self.taps = set(options.keep) | _hooked(model)
+        self._hooks = _hooked(model)
+        self.taps = self._hooks | set(options.keep)
 
     def module(self, path: str) -> nn.Module | None:
         """The module at a path, if there is one; a leaf itself rather than its stand-in."""
@@ -91,11 +92,14 @@ class Analysis:
             return None
 
     def may_surround(self, step: Step, path: str) -> bool:
-        """Whether modules may be put around a layer: it is called as a module, and trials agree."""
+        """Whether modules may be put around a layer.
+
+        It is called as a module, no hook sees its input and output, and trials agree.
+        """
         if path in self.options.alone:
             self.notes.setdefault(path, f"not narrowed: {self.options.alone[path]}")
             return False
-        return step.path == path != ""
+        return step.path == path != "" and path not in self._hooks
 
     def slot(self, tensor: str, axis: int, atoms: Tensor) -> None:
         """Cuts an axis of a parameter or buffer with the channels."""
